@@ -1,0 +1,36 @@
+"""rrsq: real INT4 weights, activations and KV cache for Hugging Face LLMs, with Rotated Runtime Smooth.
+
+``import rrsq`` lets ``transformers.AutoModelForCausalLM.from_pretrained`` load rrsq checkpoints; it imports
+neither torch nor transformers itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._register import register_with_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["__version__", "load"]
+__version__ = "0.1.0"
+
+register_with_transformers()
+
+
+def load(path: str, *, device: str = "auto", dtype: str = "auto", **kwargs: Any) -> PreTrainedModel:
+    """Load a checkpoint (or any causal language model) ready to run.
+
+    Args:
+        path: checkpoint folder or Hub id.
+        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: dtype of what is not quantized: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
+        kwargs: passed on to ``from_pretrained``.
+
+    Raises:
+        RRSQError: the folder does not exist, is damaged or of an unknown format.
+    """
+    from .checkpoint.loading import load_model
+
+    return load_model(path, device=device, dtype=dtype, **kwargs)

@@ -1,0 +1,52 @@
+"""What calibration measures of one linear input: its Hessian, magnitudes and, for the KV cache, means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["InputStatistics", "MeanStatistics"]
+
+
+class InputStatistics:
+    """Accumulates ``Σ x xᵀ`` and the largest magnitude per channel.
+
+    Args:
+        channels: size of the input.
+        device: where the sums live.
+        with_hessian: False skips the Hessian (recipes that round to nearest).
+    """
+
+    def __init__(self, channels: int, device: torch.device, *, with_hessian: bool = True) -> None:
+        self.tokens = 0
+        self.absmax = torch.zeros(channels, device=device)
+        self.hessian = torch.zeros(channels, channels, device=device) if with_hessian else None
+
+    def add(self, x: Tensor) -> None:
+        """Add activations ``[..., channels]``."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        self.tokens += rows.shape[0]
+        self.absmax = torch.maximum(self.absmax, rows.abs().amax(0))
+        if self.hessian is not None:
+            self.hessian.addmm_(rows.t(), rows)
+
+
+class MeanStatistics:
+    """Accumulates the mean of ``[..., channels]`` in float64."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.total: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        """Add outputs ``[..., channels]``."""
+        rows = x.detach().reshape(-1, x.shape[-1]).double()
+        self.tokens += rows.shape[0]
+        total = rows.sum(0)
+        self.total = total if self.total is None else self.total + total
+
+    def mean(self) -> Tensor:
+        """float32 ``[channels]``."""
+        if self.total is None:
+            raise ValueError("no activations were added")
+        return (self.total / self.tokens).float()

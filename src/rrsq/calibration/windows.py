@@ -1,0 +1,113 @@
+"""Cut documents into token windows of one length, for calibration and for perplexity.
+
+The documents are joined with a blank line and tokenized once, as one text. This is the convention of GPTQ
+(arXiv 2210.17323) and QuaRot (arXiv 2404.00456), whose perplexities are the ones to compare with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rrsq.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["DOCUMENT_SEPARATOR", "calibration_windows", "data_fingerprint", "evaluation_windows"]
+
+DOCUMENT_SEPARATOR = "\n\n"
+# About ten times what 128 windows of 2048 tokens need; a larger text is thinned out, not tokenized whole.
+MAX_CALIBRATION_CHARACTERS = 16_000_000
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    num_samples: int,
+    sequence_length: int,
+    seed: int,
+) -> Tensor:
+    """Return ``num_samples`` windows at random offsets as int64 ``[num_samples, sequence_length]``.
+
+    The windows never overlap and stand in the order of the text: with T tokens and n windows of length L,
+    n draws from 0..T - nL, sorted, are the gaps' running sums, so every such placement can occur. The same
+    text, tokenizer and ``seed`` give the same windows on every machine. Of a text above 16 million characters
+    only a random part of the documents (by the same seed) is tokenized.
+
+    A text too short for ``num_samples`` windows gives as many as it holds, with a warning; too short for one,
+    :class:`DataError`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = _tokenize(tokenizer, _thin_out(documents, generator))
+    available = tokens.numel() // sequence_length
+    if available == 0:
+        raise _too_short(tokens, sequence_length)
+    if available < num_samples:
+        warnings.warn(
+            f"The calibration text has {tokens.numel()} tokens: {available} windows of {sequence_length}, "
+            f"not {num_samples}. Going on with {available}.",
+            stacklevel=2,
+        )
+    count = min(num_samples, available)
+    slack = tokens.numel() - count * sequence_length
+    gaps = torch.randint(slack + 1, (count,), generator=generator).sort().values
+    offsets = gaps + sequence_length * torch.arange(count)
+    return tokens[offsets[:, None] + torch.arange(sequence_length)]
+
+
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    sequence_length: int,
+    limit: int | None = None,
+) -> Tensor:
+    """Return consecutive windows of the whole text as int64 ``[n, sequence_length]``; the tail is dropped.
+
+    ``limit`` keeps only the first so many windows. Raises :class:`DataError` if the text does not fill one.
+    """
+    tokens = _tokenize(tokenizer, documents)
+    count = tokens.numel() // sequence_length
+    if count == 0:
+        raise _too_short(tokens, sequence_length)
+    windows = tokens[: count * sequence_length].view(count, sequence_length)
+    return windows if limit is None else windows[:limit]
+
+
+def data_fingerprint(token_ids: Tensor) -> str:
+    """Return the SHA-256 (hex) of token ids as little-endian int64, row by row: equal ids, equal text."""
+    return hashlib.sha256(token_ids.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> Tensor:
+    """Token ids of the joined text, int64 ``[tokens]``, with the start token if the tokenizer adds one."""
+    text = DOCUMENT_SEPARATOR.join(documents)
+    # Without verbose=False the tokenizer warns that the text is longer than the model's context.
+    ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _thin_out(documents: Sequence[str], generator: torch.Generator) -> Sequence[str]:
+    """Keep a random part of the documents, in their order, that stays within the character budget."""
+    if sum(map(len, documents)) <= MAX_CALIBRATION_CHARACTERS:
+        return documents
+    kept: list[int] = []
+    budget = MAX_CALIBRATION_CHARACTERS
+    for index in torch.randperm(len(documents), generator=generator).tolist():
+        kept.append(index)
+        budget -= len(documents[index])
+        if budget <= 0:
+            break
+    return [documents[index] for index in sorted(kept)]
+
+
+def _too_short(tokens: Tensor, sequence_length: int) -> DataError:
+    return DataError(
+        f"The text has {tokens.numel()} tokens, too few for one window of {sequence_length}. "
+        "Use a longer text or a smaller --sequence-length."
+    )

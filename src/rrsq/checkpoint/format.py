@@ -1,0 +1,124 @@
+"""The checkpoint format: what ``config.json`` says of a quantized model under ``quantization_config``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import CheckpointError
+from ..recipe import Recipe
+from ..rotation.hadamard import HadamardPlan
+from ..rotation.rotations import RandomizedHadamard, Rotations
+
+__all__ = ["FORMAT_VERSION", "QUANT_METHOD", "CalibrationInfo", "CheckpointInfo", "RotationInfo", "parse_info"]
+
+QUANT_METHOD = "rrsq"
+FORMAT_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PlanInfo(_Part):
+    """A Hadamard matrix: ``size`` channels in blocks of ``block = base * 2**p``."""
+
+    size: int = Field(gt=0)
+    block: int = Field(gt=0)
+    base: int = Field(gt=0)
+
+    def plan(self) -> HadamardPlan:
+        """The plan to build the matrix from.
+
+        Raises:
+            CheckpointError: the sizes do not fit each other.
+        """
+        power, rest = divmod(self.block, self.base)
+        if self.size % self.block or rest or power & (power - 1):
+            raise CheckpointError(
+                f"The checkpoint describes an impossible rotation: size {self.size}, block {self.block},"
+                f" base {self.base}."
+            )
+        return HadamardPlan(self.size, self.block, self.base)
+
+
+class RotationInfo(_Part):
+    """The rotations of a checkpoint; see :class:`rrsq.rotation.rotations.Rotations`."""
+
+    residual: PlanInfo | None = None
+    head: PlanInfo | None = None
+    across_heads: PlanInfo | None = None
+    intermediate: PlanInfo | None = None
+
+    def rotations(self) -> Rotations:
+        """The rotations, with placeholder signs for the folded ones."""
+        import torch
+
+        def randomized(info: PlanInfo | None) -> RandomizedHadamard | None:
+            return None if info is None else RandomizedHadamard(torch.ones(info.size), info.plan())
+
+        return Rotations(
+            residual=randomized(self.residual),
+            head=randomized(self.head),
+            across_heads=None if self.across_heads is None else self.across_heads.plan(),
+            intermediate=None if self.intermediate is None else self.intermediate.plan(),
+        )
+
+
+class CalibrationInfo(_Part):
+    """The calibration text that was used."""
+
+    source: str
+    num_samples: int
+    sequence_length: int
+    fingerprint: str
+
+
+class CheckpointInfo(_Part):
+    """``quantization_config`` of a checkpoint.
+
+    Attributes:
+        format_version: of this layout.
+        recipe: the full recipe.
+        rotation: the rotations and their Hadamard matrices.
+        key_bits: bits of cached keys, one entry a layer; empty without a quantized cache.
+        seed: of the random signs and the calibration windows.
+        source_model: what was quantized.
+        calibration: the text used, or None.
+        versions: of the libraries that made the checkpoint.
+        layer_snr_db: output signal-to-noise ratio of each layer on calibration text.
+    """
+
+    quant_method: Literal["rrsq"] = QUANT_METHOD
+    format_version: Literal[1] = FORMAT_VERSION
+    recipe: Recipe
+    rotation: RotationInfo
+    key_bits: tuple[int, ...] = ()
+    seed: int = 0
+    source_model: str = ""
+    calibration: CalibrationInfo | None = None
+    versions: dict[str, str] = {}
+    layer_snr_db: tuple[float | None, ...] = ()
+
+
+def parse_info(data: dict[str, Any]) -> CheckpointInfo:
+    """Validate a ``quantization_config``.
+
+    Raises:
+        CheckpointError: an unknown format version, or fields this version does not understand.
+    """
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"The checkpoint has format version {version!r}; this rrsq reads version {FORMAT_VERSION}."
+            " Install the rrsq release that wrote it, or quantize the model again."
+        )
+    try:
+        return CheckpointInfo.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(key) for key in problem["loc"])
+        raise CheckpointError(
+            f"quantization_config of the checkpoint is not valid at '{where}': {problem['msg']}."
+        ) from error

@@ -1,0 +1,83 @@
+"""The transformers integration: ``AutoModelForCausalLM.from_pretrained`` of a checkpoint.
+
+Importing this module registers the quantization method; ``import rrsq`` sees to that (``rrsq/_register.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..models import ModelSizes, family_for
+from ..quantization.assemble import RotationSigns, attach_kv_quantizer, quantize_input_modules
+from .format import QUANT_METHOD, CheckpointInfo, parse_info
+from .validate import check_shards
+
+__all__ = ["RRSQConfig", "RRSQQuantizer", "assemble_model"]
+
+
+@register_quantization_config(QUANT_METHOD)
+class RRSQConfig(QuantizationConfigMixin):
+    """``quantization_config`` as transformers holds it; :attr:`info` is the validated form."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.info: CheckpointInfo = parse_info({**fields, "quant_method": QUANT_METHOD})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for ``config.json``."""
+        return self.info.model_dump(mode="json")
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_dict`: every field is written."""
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        return f"RRSQConfig(recipe={self.info.recipe.name!r}, format_version={self.info.format_version})"
+
+
+@register_quantizer(QUANT_METHOD)
+class RRSQQuantizer(HfQuantizer):
+    """Builds the quantized modules before transformers loads their tensors."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        assemble_model(model, self.quantization_config.info)
+        check_shards(model, kwargs.get("checkpoint_files") or [])
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """A loaded model can be saved again, bit for bit."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Integer weights have no gradients."""
+        return False
+
+
+def assemble_model(model: Any, info: CheckpointInfo) -> nn.Module:
+    """Replace the linears of a freshly built model by empty quantized ones, as ``info`` says."""
+    family = family_for(model.config)
+    sizes = ModelSizes.from_config(model.config)
+    rotations = info.rotation.rotations()
+    for index, layer in enumerate(model.get_submodule(family.layers)):
+        for entry in family.inputs:
+            quantize_input_modules(layer, entry, info.recipe, rotations, sizes)
+        if info.recipe.kv_cache is not None:
+            rotary = model.get_submodule(family.rotary)
+            bits = info.key_bits[index] if index < len(info.key_bits) else info.recipe.kv_cache.keys.bits
+            attach_kv_quantizer(layer, family, info.recipe.kv_cache, sizes, rotary, bits)
+    if info.recipe.rotation is not None:
+        model.rotation_signs = RotationSigns(rotations)
+    # Scales and cache offsets are float32 whatever dtype the model is loaded in.
+    model._keep_in_fp32_modules_strict = {
+        *(model._keep_in_fp32_modules_strict or ()),
+        "weight_scale",
+        "kv_quantizer",
+    }
+    return model

@@ -1,0 +1,161 @@
+"""Loading models and tokenizers: checkpoints, Hugging Face folders, Hub ids and GGUF files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, ModelLoadError, RRSQError, StorageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["is_checkpoint", "load_config", "load_model", "load_tokenizer", "locate_model"]
+
+
+def locate_model(path: str, data_root: Path | str | None = None) -> tuple[str, dict[str, Any]]:
+    """What to give to ``from_pretrained``: a folder or Hub id, and ``gguf_file`` for a GGUF file.
+
+    A Hub id is looked for under ``data_root`` (else ``RRSQ_DATA_ROOT``) first, as ``<root>/<org>/<name>``.
+
+    Raises:
+        ModelLoadError: a local path that does not exist or holds no model.
+    """
+    local = Path(path).expanduser()
+    if local.suffix.lower() == ".gguf":
+        if not local.is_file():
+            raise ModelLoadError(f"There is no GGUF file '{path}'.")
+        return str(local.parent), {"gguf_file": local.name}
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ModelLoadError(
+                f"The folder '{path}' holds no config.json. Give the folder of a Hugging Face model or of an rrsq"
+                " checkpoint."
+            )
+        return str(local), {}
+    if local.exists():
+        raise ModelLoadError(f"'{path}' is a file. Give a folder, a Hub id or a .gguf file.")
+    root = data_root or os.environ.get("RRSQ_DATA_ROOT")
+    if root and (Path(root) / path / "config.json").is_file():
+        return str(Path(root) / path), {}
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path.strip():
+        raise ModelLoadError(f"There is no model folder '{path}'.")
+    return path, {}
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a local folder is an rrsq checkpoint."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        return config["quantization_config"]["quant_method"] == "rrsq"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def load_config(path: str, data_root: Path | str | None = None) -> Any:
+    """The transformers configuration of a model; cheap, so that an unsupported one is refused early.
+
+    Raises:
+        ModelLoadError: it cannot be found, reached or read.
+    """
+    from transformers import AutoConfig
+
+    name, options = locate_model(path, data_root)
+    try:
+        return AutoConfig.from_pretrained(name, **options)
+    except RRSQError:
+        raise
+    except Exception as error:
+        raise _explain(error, path, "configuration") from error
+
+
+def load_model(
+    path: str, *, device: str = "auto", dtype: str = "auto", data_root: Path | str | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """Load a causal language model, quantized or not, for inference.
+
+    Args:
+        path: checkpoint, Hugging Face folder, Hub id or ``.gguf`` file.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: of what is not quantized; ``auto`` takes the configuration's.
+        data_root: see :func:`locate_model`.
+        kwargs: passed on to ``from_pretrained``.
+
+    Raises:
+        ModelLoadError: the model cannot be found, reached or read.
+        CheckpointError: a quantized checkpoint is damaged or of an unknown format.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    name, options = locate_model(path, data_root)
+    if "gguf_file" in options and dtype == "auto":
+        dtype = "bfloat16"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options, **kwargs)
+    except RRSQError:
+        raise
+    except Exception as error:
+        raise _explain(error, path, "model") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: str, data_root: Path | str | None = None) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        ModelLoadError: there is none, or it cannot be reached or read.
+    """
+    from transformers import AutoTokenizer
+
+    name, options = locate_model(path, data_root)
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:
+        raise _explain(error, path, "tokenizer") from error
+
+
+def _explain(error: Exception, path: str, what: str) -> RRSQError:
+    """One clear error from whatever transformers, safetensors or the Hub client raised."""
+    if isinstance(error, OSError) and error.errno is not None and not Path(path).exists():
+        return StorageError(f"The {what} of '{path}' cannot be read: {error.strerror}.")
+    reason = _first_line(error)
+    if Path(path).is_dir():
+        if what == "tokenizer":
+            return ModelLoadError(
+                f"The folder '{path}' has no usable tokenizer ({reason}). Copy tokenizer.json and"
+                " tokenizer_config.json of the original model into it."
+            )
+        if is_checkpoint(path):
+            return CheckpointError(f"The checkpoint '{path}' cannot be loaded: {reason}")
+        return ModelLoadError(f"The {what} in '{path}' cannot be loaded: {reason}")
+    if Path(path).exists():
+        return ModelLoadError(f"The {what} of '{path}' cannot be loaded: {reason}")
+    if _missing_on_hub(error):
+        return ModelLoadError(
+            f"There is no model '{path}', neither as a local folder nor on the Hugging Face Hub (or it is private:"
+            " log in with 'hf auth login')."
+        )
+    return ModelLoadError(
+        f"The {what} of '{path}' is not on this machine and the Hugging Face Hub cannot be reached ({reason})."
+        " Give a local folder, or name with --data-root or RRSQ_DATA_ROOT a folder laid out like the Hub that"
+        f" holds '{path}/config.json'."
+    )
+
+
+def _missing_on_hub(error: BaseException | None) -> bool:
+    while error is not None:
+        if type(error).__name__ in ("RepositoryNotFoundError", "GatedRepoError", "HFValidationError"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else "no message"
+    return f"{type(error).__name__}: {text[:300]}"

@@ -1,0 +1,5 @@
+"""``python -m rrsq.cli`` is ``rrsq``."""
+
+from rrsq.cli import main
+
+main()

@@ -1,0 +1,63 @@
+"""The ``rrsq`` application: global options and the list of commands.
+
+A command module imports only typer, rich and rrsq's light modules at its top, so that ``rrsq --help`` answers
+at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from rrsq import __version__
+from rrsq.cli.console import examples, show_warnings
+from rrsq.cli.errors import ErrorReportingGroup
+from rrsq.cli.eval import EXAMPLES as EVAL_EXAMPLES
+from rrsq.cli.eval import evaluate
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    cls=ErrorReportingGroup,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples("rrsq eval HuggingFaceTB/SmolLM2-135M --tasks wikitext2 --limit 24"),
+)
+
+
+def _add(name: str, command: Callable[..., None], examples_of_it: str) -> None:
+    """Register a command; its docstring is its help, with the line breaks inside paragraphs taken out."""
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(command) or "")
+    app.command(name, help=text, epilog=examples_of_it)(command)
+
+
+# The commands, in the order of the help. To add one, import its function and its examples above, and give it
+# one line here.
+_add("eval", evaluate, EVAL_EXAMPLES)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"rrsq {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def rrsq(
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", envvar="RRSQ_DEBUG", help="Show tracebacks and the libraries' warnings."),
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """4-bit weights, activations and KV cache for Hugging Face LLMs, with Rotated Runtime Smooth."""
+    show_warnings(debug=debug)

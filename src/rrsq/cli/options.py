@@ -1,0 +1,60 @@
+"""Options that several commands share, so that they are named and explained alike."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rrsq.errors import UsageError
+
+__all__ = ["DATA", "HARDWARE", "OUTPUT", "DataRoot", "Device", "DeviceName", "DtypeName", "resolve_device"]
+
+# Panels of the help text.
+DATA = "Data"
+HARDWARE = "Hardware"
+OUTPUT = "Output"
+
+
+class DeviceName(str, Enum):
+    """Where to compute."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class DtypeName(str, Enum):
+    """What to hold an unquantized model's numbers in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="RRSQ_DATA_ROOT",
+        help="Folder laid out like the Hub (ROOT/Salesforce/wikitext/...) where data sets are looked for "
+        "first. Without it, or for a data set it lacks, the Hub is asked.",
+        rich_help_panel=DATA,
+    ),
+]
+
+Device = Annotated[
+    DeviceName,
+    typer.Option(help="Where to compute. auto takes the GPU if there is one.", rich_help_panel=HARDWARE),
+]
+
+
+def resolve_device(device: DeviceName) -> str:
+    """Return ``cpu`` or ``cuda``. Raises :class:`UsageError` if CUDA is asked for and missing."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if device is DeviceName.CUDA and not available:
+        raise UsageError("--device cuda: torch sees no CUDA device. Use --device cpu or auto.")
+    return "cuda" if available and device is not DeviceName.CPU else "cpu"

@@ -1,0 +1,89 @@
+"""What can go wrong, as types.
+
+Every error a user can cause or meet derives from :class:`RRSQError`. Its message says what was wrong,
+where, and what to do next; the command line prints it and exits with :attr:`RRSQError.exit_code`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "HadamardOrderError",
+    "InterruptedRunError",
+    "KernelUnavailableError",
+    "ModelLoadError",
+    "NonFiniteError",
+    "OutputExistsError",
+    "RRSQError",
+    "RecipeError",
+    "StorageError",
+    "UnsupportedArchitectureError",
+    "UsageError",
+    "did_you_mean",
+]
+
+
+class RRSQError(Exception):
+    """Base of all errors that rrsq raises on purpose. Exit code 1: the run failed."""
+
+    exit_code = 1
+
+
+class UsageError(RRSQError):
+    """The request itself is wrong (an option, a name, a path). Exit code 2."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe that does not exist, does not parse, or asks for something impossible."""
+
+
+class OutputExistsError(UsageError):
+    """The output folder is already there and overwriting was not asked for."""
+
+
+class ModelLoadError(UsageError):
+    """The model (or its tokenizer) cannot be found or read."""
+
+
+class UnsupportedArchitectureError(UsageError):
+    """The model's architecture has no family specification."""
+
+
+class DataError(UsageError):
+    """A data set or text file cannot be found, reached or used."""
+
+
+class NonFiniteError(RRSQError):
+    """A tensor holds NaN or Inf where numbers are needed."""
+
+
+class HadamardOrderError(RRSQError):
+    """No Hadamard matrix of the order asked for can be constructed."""
+
+
+class CheckpointError(RRSQError):
+    """A checkpoint is damaged, incomplete, or of a format this version does not know."""
+
+
+class StorageError(RRSQError):
+    """Writing failed: disk full, read-only target, no permission."""
+
+
+class InterruptedRunError(RRSQError):
+    """The user stopped the run."""
+
+
+class KernelUnavailableError(RRSQError):
+    """No registered kernel can serve a call; the message lists each candidate and its reason."""
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the candidate nearest to ``word``, or an empty string."""
+    close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""

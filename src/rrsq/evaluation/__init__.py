@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, the tasks of ``rrsq eval``, and the report they give."""

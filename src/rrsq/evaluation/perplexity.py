@@ -1,0 +1,119 @@
+"""Perplexity of a causal language model over token windows.
+
+The convention of GPTQ (arXiv 2210.17323) and of the tables that follow it: every window is run on its own,
+its first token is given and not predicted, and the perplexity is exp of the mean negative log-likelihood over
+all predicted tokens of all windows.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+__all__ = ["PerplexityResult", "ProgressCallback", "perplexity"]
+
+ProgressCallback = Callable[[int, int, float], None]
+"""Called after each batch with the windows done, the windows in all, and the perplexity so far."""
+
+# 2**25 float32 logits are 128 MiB: 220 positions of a 152k vocabulary at a time.
+LOGITS_PER_CHUNK = 2**25
+# Families that change the head's output (Gemma 2, Cohere, Granite, Falcon-H1) need their own forward.
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What a run over the windows gave. The numbers are ``inf`` or ``nan`` where the model's are."""
+
+    perplexity: float
+    mean_nll: float
+    """Mean negative log-likelihood in nats per predicted token."""
+    num_windows: int
+    sequence_length: int
+    num_tokens: int
+    """Predicted tokens: one less than the sequence length in each window."""
+    seconds: float
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    batch_size: int = 1,
+    logits_per_chunk: int = LOGITS_PER_CHUNK,
+    on_progress: ProgressCallback | None = None,
+) -> PerplexityResult:
+    """Return the perplexity of ``model`` over ``windows``, token ids int64 ``[n, sequence_length]``.
+
+    The output head and the cross-entropy run over a few positions at a time, ``logits_per_chunk`` logits at
+    most, so that memory does not grow with vocabulary times sequence length. Logits are taken to float32 and
+    the token losses summed in float64. The model stays in the device, dtype and mode that it is in.
+
+    Raises :class:`ValueError` if there is no window or a window has fewer than two tokens.
+    """
+    if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
+        raise ValueError(f"windows must be [n >= 1, sequence_length >= 2], not {list(windows.shape)}")
+    num_windows, sequence_length = windows.shape
+    started = time.perf_counter()
+    total = 0.0
+    done = 0
+    for batch in windows.split(batch_size):
+        token_ids = batch.to(model.get_input_embeddings().weight.device)
+        for logits, targets in _logit_chunks(model, token_ids, logits_per_chunk):
+            losses = cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+            total += losses.double().sum().item()
+        done += len(batch)
+        if on_progress is not None:
+            on_progress(done, num_windows, _exp(total / (done * (sequence_length - 1))))
+    num_tokens = num_windows * (sequence_length - 1)
+    mean_nll = total / num_tokens
+    return PerplexityResult(
+        perplexity=_exp(mean_nll),
+        mean_nll=mean_nll,
+        num_windows=num_windows,
+        sequence_length=sequence_length,
+        num_tokens=num_tokens,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _logit_chunks(
+    model: PreTrainedModel, token_ids: Tensor, logits_per_chunk: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits ``[positions, vocabulary]`` and the tokens they predict ``[positions]``, in chunks."""
+    targets = token_ids[:, 1:].flatten()
+    head = model.get_output_embeddings()
+    if head is None or _transforms_logits(model):
+        logits = model(input_ids=token_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        positions = _positions_per_chunk(logits_per_chunk, logits.shape[-1])
+        yield from zip(logits.split(positions), targets.split(positions), strict=True)
+        return
+    hidden = model.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state
+    hidden = hidden[:, :-1].flatten(0, 1)
+    positions = _positions_per_chunk(logits_per_chunk, model.config.get_text_config().vocab_size)
+    for rows, predicted in zip(hidden.split(positions), targets.split(positions), strict=True):
+        yield head(rows), predicted
+
+
+def _positions_per_chunk(logits_per_chunk: int, vocabulary_size: int) -> int:
+    return max(1, logits_per_chunk // vocabulary_size)
+
+
+def _transforms_logits(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config()
+    return any(getattr(config, name, None) is not None for name in LOGIT_TRANSFORMS)
+
+
+def _exp(mean_nll: float) -> float:
+    try:
+        return math.exp(mean_nll)
+    except OverflowError:
+        return math.inf

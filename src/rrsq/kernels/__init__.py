@@ -1,0 +1,35 @@
+"""The operations of a quantized linear and the dispatch between their implementations.
+
+Activations are ``[tokens, channels]``; weights are packed INT4 (:mod:`.eager.packing`). :mod:`.eager` is the
+reference that every kernel is compared with. Importing this package neither queries CUDA nor imports triton.
+"""
+
+from .dispatch import use_kernels
+from .eager.activation import tokens_per_set
+from .eager.packing import pack_int4, unpack_int4
+from .ops import (
+    hadamard_transform,
+    linear_folded,
+    linear_group_scaled,
+    linear_weight_only,
+    quantize_folded,
+    quantize_smoothed,
+    weight_operand,
+)
+from .report import KernelReport, kernel_report
+
+__all__ = [
+    "KernelReport",
+    "hadamard_transform",
+    "kernel_report",
+    "linear_folded",
+    "linear_group_scaled",
+    "linear_weight_only",
+    "pack_int4",
+    "quantize_folded",
+    "quantize_smoothed",
+    "tokens_per_set",
+    "unpack_int4",
+    "use_kernels",
+    "weight_operand",
+]

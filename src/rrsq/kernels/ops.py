@@ -1,0 +1,464 @@
+"""The operations as ``torch.library`` ops, so that ``torch.compile`` and CUDA graphs capture them whole.
+
+Every op takes tensors and plain scalars, synchronizes with nothing, and asks the dispatch (:mod:`.dispatch`)
+for its implementation when it runs, so :func:`~rrsq.kernels.dispatch.use_kernels` also governs compiled code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .dispatch import Call, resolve
+from .eager.activation import tokens_per_set
+
+__all__ = [
+    "hadamard_transform",
+    "linear_folded",
+    "linear_group_scaled",
+    "linear_weight_only",
+    "quantize_folded",
+    "quantize_smoothed",
+    "weight_operand",
+]
+
+_library = torch.library.Library("rrsq", "DEF")
+_library.define("hadamard_transform(Tensor x, Tensor base, int hadamard_block, int inner) -> Tensor")
+_library.define(
+    "quantize_folded(Tensor x, int bits, int? group_size, float clip, Tensor? base, int hadamard_block, "
+    "int hadamard_inner) -> (Tensor, Tensor)"
+)
+_library.define(
+    "quantize_smoothed(Tensor x, int bits, int group_size, str scope, str statistic, float clip, "
+    "Tensor? channel_order, Tensor? base, int hadamard_block, int hadamard_inner) -> (Tensor, Tensor, Tensor)"
+)
+_library.define("weight_operand(Tensor packed, Tensor? multiplier) -> Tensor")
+_library.define(
+    "linear_folded(Tensor operand, Tensor scale, Tensor weight_packed, Tensor weight_scale, "
+    "Tensor? weight_multiplier, Tensor? bias, ScalarType out_dtype, Tensor? unpacked) -> Tensor"
+)
+_library.define(
+    "linear_group_scaled(Tensor codes, Tensor scale, Tensor group_scale, int tokens_per_set, "
+    "Tensor weight_packed, Tensor weight_scale, Tensor? weight_multiplier, Tensor? bias, ScalarType out_dtype, "
+    "Tensor? unpacked) -> Tensor"
+)
+_library.define(
+    "linear_weight_only(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_multiplier, "
+    "Tensor? bias, Tensor? unpacked) -> Tensor"
+)
+
+assert registry.OPERATIONS
+
+
+def rotation_sizes(base: Tensor | None, hadamard_block: int, inner: int) -> tuple[tuple[str, int], ...]:
+    """The sizes of a rotation that a kernel may constrain; nothing when there is no rotation."""
+    if base is None:
+        return ()
+    order = base.shape[0]
+    return (
+        ("hadamard_base", order),
+        ("hadamard_block", hadamard_block),
+        ("hadamard_power", hadamard_block // order),
+        ("hadamard_inner", inner),
+    )
+
+
+def weight_sizes(tokens: int, packed: Tensor, multiplier: Tensor | None) -> tuple[tuple[str, int], ...]:
+    """The sizes of a linear that a kernel may constrain."""
+    in_features = 2 * packed.shape[1]
+    sizes = (("tokens", tokens), ("in_features", in_features), ("out_features", packed.shape[0]))
+    return (
+        sizes if multiplier is None else (*sizes, ("weight_group_size", in_features // multiplier.shape[1]))
+    )
+
+
+def _hadamard_transform(x: Tensor, base: Tensor, hadamard_block: int, inner: int) -> Tensor:
+    sizes = (("channels", x.shape[-1]), *rotation_sizes(base, hadamard_block, inner))
+    call = Call("hadamard_transform", x.device, (("x", x.dtype),), sizes)
+    return resolve(call)(x, base, hadamard_block, inner)
+
+
+def _quantize_folded(
+    x: Tensor,
+    bits: int,
+    group_size: int | None,
+    clip: float,
+    base: Tensor | None,
+    hadamard_block: int,
+    hadamard_inner: int,
+) -> tuple[Tensor, Tensor]:
+    group = () if group_size is None else (("group_size", group_size),)
+    sizes = (("channels", x.shape[1]), *group, *rotation_sizes(base, hadamard_block, hadamard_inner))
+    call = Call("quantize_folded", x.device, (("x", x.dtype),), sizes)
+    return resolve(call)(x, bits, group_size, clip, base, hadamard_block, hadamard_inner)
+
+
+def _quantize_smoothed(
+    x: Tensor,
+    bits: int,
+    group_size: int,
+    scope: str,
+    statistic: str,
+    clip: float,
+    channel_order: Tensor | None,
+    base: Tensor | None,
+    hadamard_block: int,
+    hadamard_inner: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = (
+        ("channels", x.shape[1]),
+        ("group_size", group_size),
+        *rotation_sizes(base, hadamard_block, hadamard_inner),
+    )
+    call = Call("quantize_smoothed", x.device, (("x", x.dtype),), sizes)
+    return resolve(call)(
+        x, bits, group_size, scope, statistic, clip, channel_order, base, hadamard_block, hadamard_inner
+    )
+
+
+def _weight_operand(packed: Tensor, multiplier: Tensor | None) -> Tensor:
+    call = Call("weight_operand", packed.device, (), weight_sizes(1, packed, multiplier)[1:])
+    return resolve(call)(packed, multiplier)
+
+
+def _linear_folded(
+    operand: Tensor,
+    scale: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    unpacked: Tensor | None,
+) -> Tensor:
+    sizes = weight_sizes(operand.shape[0], weight_packed, weight_multiplier)
+    call = Call("linear_folded", operand.device, (("out_dtype", out_dtype),), sizes)
+    return resolve(call)(
+        operand, scale, weight_packed, weight_scale, weight_multiplier, bias, out_dtype, unpacked
+    )
+
+
+def _linear_group_scaled(
+    codes: Tensor,
+    scale: Tensor,
+    group_scale: Tensor,
+    tokens_per_set: int,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    unpacked: Tensor | None,
+) -> Tensor:
+    group_size = codes.shape[1] // group_scale.shape[1]
+    sizes = (*weight_sizes(codes.shape[0], weight_packed, weight_multiplier), ("group_size", group_size))
+    call = Call("linear_group_scaled", codes.device, (("out_dtype", out_dtype),), sizes)
+    return resolve(call)(
+        codes,
+        scale,
+        group_scale,
+        tokens_per_set,
+        weight_packed,
+        weight_scale,
+        weight_multiplier,
+        bias,
+        out_dtype,
+        unpacked,
+    )
+
+
+def _linear_weight_only(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    bias: Tensor | None,
+    unpacked: Tensor | None,
+) -> Tensor:
+    sizes = weight_sizes(x.shape[0], weight_packed, weight_multiplier)
+    call = Call("linear_weight_only", x.device, (("x", x.dtype),), sizes)
+    return resolve(call)(x, weight_packed, weight_scale, weight_multiplier, bias, unpacked)
+
+
+def _fake_hadamard_transform(x: Tensor, base: Tensor, hadamard_block: int, inner: int) -> Tensor:
+    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _fake_quantize_folded(
+    x: Tensor,
+    bits: int,
+    group_size: int | None,
+    clip: float,
+    base: Tensor | None,
+    hadamard_block: int,
+    hadamard_inner: int,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def _fake_quantize_smoothed(
+    x: Tensor,
+    bits: int,
+    group_size: int,
+    scope: str,
+    statistic: str,
+    clip: float,
+    channel_order: Tensor | None,
+    base: Tensor | None,
+    hadamard_block: int,
+    hadamard_inner: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, channels = x.shape
+    size = 1 if scope == "token" else tokens_per_set(scope, tokens)
+    sets = 1 if scope == "sequence" else -(-tokens // size)
+    codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(tokens, dtype=torch.float32)
+    return codes, scale, x.new_empty((sets, channels // group_size), dtype=torch.float32)
+
+
+def _fake_weight_operand(packed: Tensor, multiplier: Tensor | None) -> Tensor:
+    return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=torch.int8)
+
+
+def _fake_linear_folded(
+    operand: Tensor,
+    scale: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    unpacked: Tensor | None,
+) -> Tensor:
+    return operand.new_empty((operand.shape[0], weight_packed.shape[0]), dtype=out_dtype)
+
+
+def _fake_linear_group_scaled(
+    codes: Tensor,
+    scale: Tensor,
+    group_scale: Tensor,
+    tokens_per_set: int,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    unpacked: Tensor | None,
+) -> Tensor:
+    return codes.new_empty((codes.shape[0], weight_packed.shape[0]), dtype=out_dtype)
+
+
+def _fake_linear_weight_only(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    bias: Tensor | None,
+    unpacked: Tensor | None,
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight_packed.shape[0]))
+
+
+for _name in registry.OPERATIONS:
+    _library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rrsq::{_name}", globals()[f"_fake_{_name}"], lib=_library)
+
+
+def hadamard_transform(x: Tensor, base: Tensor, hadamard_block: int, inner: int = 1) -> Tensor:
+    """Rotate blocks of channels online: ``x @ R``, ``R`` orthonormal (QuaRot, arXiv 2404.00456, section 4).
+
+    Each run of ``hadamard_block * inner`` channels is seen as ``[hadamard_block, inner]`` and mixed over its first
+    index by ``kron(base, sylvester) / sqrt(hadamard_block)``; so ``R = kron(H, I_inner)`` in each run. ``inner`` is 1
+    for an ordinary rotation; the rotation across heads of ``o_proj``'s input has ``hadamard_block = heads`` and
+    ``inner = head_dim``.
+
+    Args:
+        x: floating point ``[..., channels]``; ``channels`` is a multiple of ``hadamard_block * inner``.
+        base: ``[k, k]`` of ±1, any dtype; ``hadamard_block / k`` is a power of two.
+        hadamard_block: order of the Hadamard matrix.
+        inner: channels between neighbours that are mixed.
+
+    Returns:
+        A tensor like ``x``, in float32 if ``x`` is of lower precision.
+    """
+    return torch.ops.rrsq.hadamard_transform(x, base, hadamard_block, inner)
+
+
+def quantize_folded(
+    x: Tensor,
+    bits: int,
+    group_size: int | None,
+    clip: float,
+    base: Tensor | None = None,
+    hadamard_block: int = 0,
+    hadamard_inner: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Rotate (where ``base`` is given) and quantize each token, with integer-folded group scales.
+
+    The arithmetic is that of :func:`rrsq.kernels.eager.activation.quantize_folded` on the rotated activations;
+    on a GPU it is one pass that reads ``x`` and writes the operand.
+
+    Args:
+        x: floating point ``[tokens, channels]``.
+        bits: 4 or 8; groups need 4.
+        group_size: channels a multiplier covers, or None for one scale a token.
+        clip: fraction of the largest magnitude that the largest code stands for, in (0, 1].
+        base: ``[k, k]`` of ±1 (see :func:`hadamard_transform`), or None for no rotation.
+        hadamard_block: order of the rotation; 0 without one.
+        hadamard_inner: see ``inner`` of :func:`hadamard_transform`.
+
+    Returns:
+        ``operand`` int8 ``[tokens, channels]`` and ``scale`` float32 ``[tokens]``.
+    """
+    return torch.ops.rrsq.quantize_folded(x, bits, group_size, clip, base, hadamard_block, hadamard_inner)
+
+
+def quantize_smoothed(
+    x: Tensor,
+    bits: int,
+    group_size: int,
+    scope: str,
+    statistic: str,
+    clip: float,
+    channel_order: Tensor | None = None,
+    base: Tensor | None = None,
+    hadamard_block: int = 0,
+    hadamard_inner: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate (where ``base`` is given), smooth by real group scales and quantize each token.
+
+    The arithmetic is that of :func:`rrsq.kernels.eager.activation.quantize_smoothed` (arXiv 2409.20361, section 4)
+    on the rotated activations.
+
+    Args:
+        x: floating point ``[tokens, channels]``.
+        bits: 4 or 8.
+        group_size: channels a smoothing scale covers; divides ``channels``.
+        scope: ``sequence``, ``block`` or ``token``.
+        statistic: ``max`` or ``token_normalized_max``.
+        clip: fraction of the token's largest smoothed magnitude that the largest code stands for.
+        channel_order: int32 ``[channels]`` permutation applied after the rotation, or None.
+        base: ``[k, k]`` of ±1 (see :func:`hadamard_transform`), or None for no rotation.
+        hadamard_block: order of the rotation; 0 without one.
+        hadamard_inner: see ``inner`` of :func:`hadamard_transform`.
+
+    Returns:
+        ``codes`` int8 ``[tokens, channels]``, ``scale`` float32 ``[tokens]``, ``group_scale`` float32
+        ``[sets, groups]``.
+    """
+    return torch.ops.rrsq.quantize_smoothed(
+        x, bits, group_size, scope, statistic, clip, channel_order, base, hadamard_block, hadamard_inner
+    )
+
+
+def weight_operand(packed: Tensor, multiplier: Tensor | None = None) -> Tensor:
+    """Unpack INT4 codes and multiply them by their group's multiplier.
+
+    Args:
+        packed: uint8 ``[out, in/2]``.
+        multiplier: uint8 ``[out, in/group]`` with values in 1..15, or None.
+
+    Returns:
+        int8 ``[out, in]``.
+    """
+    return torch.ops.rrsq.weight_operand(packed, multiplier)
+
+
+def linear_folded(
+    operand: Tensor,
+    scale: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    unpacked: Tensor | None = None,
+) -> Tensor:
+    """``y_in = a_i w_n Σ_k operand_ik weight_nk + b_n``: one exact int32 accumulation and a rank-1 epilogue.
+
+    Args:
+        operand: int8 ``[tokens, in]`` from :func:`quantize_folded`.
+        scale: float32 ``[tokens]``.
+        weight_packed: uint8 ``[out, in/2]``.
+        weight_scale: float32 ``[out]``.
+        weight_multiplier: uint8 ``[out, in/group]`` or None.
+        bias: ``[out]`` or None.
+        out_dtype: dtype of the result.
+        unpacked: int8 ``[out, in]`` from :func:`weight_operand`, for callers that keep it (a CPU has no faster way);
+            must equal what ``weight_packed`` and ``weight_multiplier`` unpack to. None: unpacked in the call.
+
+    Returns:
+        ``[tokens, out]``.
+    """
+    return torch.ops.rrsq.linear_folded(
+        operand, scale, weight_packed, weight_scale, weight_multiplier, bias, out_dtype, unpacked
+    )
+
+
+def linear_group_scaled(
+    codes: Tensor,
+    scale: Tensor,
+    group_scale: Tensor,
+    tokens_per_set: int,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    weight_multiplier: Tensor | None = None,
+    unpacked: Tensor | None = None,
+) -> Tensor:
+    """``y_in = a_i w_n Σ_g s_g Σ_{k in g} code_ik weight_nk + b_n``: the fused product of arXiv 2409.20361, section 4.
+
+    Args:
+        codes: int8 ``[tokens, in]`` from :func:`quantize_smoothed`.
+        scale: float32 ``[tokens]``.
+        group_scale: float32 ``[sets, groups]``; token ``i`` belongs to set ``i // tokens_per_set``.
+        tokens_per_set: tokens that share a row of ``group_scale``.
+        weight_packed: uint8 ``[out, in/2]``, its columns in the channel order of ``codes``.
+        weight_scale: float32 ``[out]``.
+        bias: ``[out]`` or None.
+        out_dtype: dtype of the result.
+        weight_multiplier: uint8 ``[out, in/group]`` or None.
+        unpacked: see :func:`linear_folded`.
+
+    Returns:
+        ``[tokens, out]``.
+    """
+    return torch.ops.rrsq.linear_group_scaled(
+        codes,
+        scale,
+        group_scale,
+        tokens_per_set,
+        weight_packed,
+        weight_scale,
+        weight_multiplier,
+        bias,
+        out_dtype,
+        unpacked,
+    )
+
+
+def linear_weight_only(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    bias: Tensor | None,
+    unpacked: Tensor | None = None,
+) -> Tensor:
+    """16-bit activations: the weight is dequantized to the dtype of ``x``.
+
+    Args:
+        x: floating point ``[tokens, in]``.
+        weight_packed: uint8 ``[out, in/2]``.
+        weight_scale: float32 ``[out]``.
+        weight_multiplier: uint8 ``[out, in/group]`` or None.
+        bias: ``[out]`` or None.
+        unpacked: see :func:`linear_folded`.
+
+    Returns:
+        ``[tokens, out]`` in the dtype of ``x``.
+    """
+    return torch.ops.rrsq.linear_weight_only(
+        x, weight_packed, weight_scale, weight_multiplier, bias, unpacked
+    )

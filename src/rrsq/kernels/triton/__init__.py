@@ -1,0 +1,1 @@
+"""The Triton kernels. Imported only when the dispatch first chooses one."""

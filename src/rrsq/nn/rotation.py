@@ -1,0 +1,70 @@
+"""Online rotation of a linear's input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..rotation.hadamard import HadamardPlan, base_matrix
+
+__all__ = ["OnlineHadamard", "RotatedLinear"]
+
+
+class OnlineHadamard(nn.Module):
+    """``x @ R`` with ``R = kron(H, I_inner)``, ``H`` the orthonormal (block-diagonal) Hadamard matrix of a plan.
+
+    ``inner = 1`` rotates the channels themselves (R4); ``inner = head_dim`` rotates the index of the heads of
+    o_proj's input. The matrix is derived from the plan, so nothing is stored in a checkpoint.
+    """
+
+    def __init__(self, plan: HadamardPlan, inner: int = 1) -> None:
+        super().__init__()
+        self.plan = plan
+        self.inner = inner
+        self._base: Tensor | None = None
+
+    def base(self, device: torch.device) -> Tensor:
+        """The dense ±1 base ``[k, k]`` in float32 on ``device``."""
+        if self._base is None or self._base.device != device:
+            self._base = base_matrix(self.plan).to(device)
+        return self._base
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ R`` for ``x`` ``[..., size * inner]``; float32 for lower precisions."""
+        return self._transform(x, self.base(x.device))
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """``x @ Rᵀ``: undoes :meth:`forward`."""
+        return self._transform(x, self.base(x.device).t())
+
+    def _transform(self, x: Tensor, base: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        return kernels.hadamard_transform(rows, base, self.plan.block, self.inner).view(x.shape)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"size={self.plan.size}, block={self.plan.block}, base={self.plan.base}, inner={self.inner}"
+
+
+class RotatedLinear(nn.Module):
+    """A full-precision linear behind an online rotation, as it stands between folding and quantization."""
+
+    def __init__(self, rotation: OnlineHadamard, linear: nn.Linear) -> None:
+        super().__init__()
+        self.rotation = rotation
+        self.linear = linear
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The folded weight ``[out, in]``."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias ``[out]`` or None."""
+        return self.linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate, then apply the linear, in its dtype."""
+        return self.linear(self.rotation(x).to(self.linear.weight.dtype))

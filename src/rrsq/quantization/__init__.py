@@ -1,0 +1,1 @@
+"""Weight quantizers and the pipeline that applies a recipe to a model."""

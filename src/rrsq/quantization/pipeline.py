@@ -1,0 +1,291 @@
+"""Quantizing a model: rotate, calibrate and quantize one decoder layer after the other, in the order they run.
+
+Each layer is moved to the compute device in float32, rotated, observed once on the outputs of the already
+quantized layers before it (Hessians, magnitudes, means), quantized, and run once more to make the next
+layer's inputs. Only that layer and one batch of activations are on the device at a time.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.statistics import InputStatistics, MeanStatistics
+from ..calibration.stream import HiddenStates, collect_inputs, collect_means
+from ..errors import NonFiniteError
+from ..models import LinearInput, ModelFamily, ModelSizes, family_for
+from ..nn.linear import QuantizedLinear
+from ..recipe import Recipe
+from ..rotation.fold import fold_embedding, fold_head, fold_layer, untie_head
+from ..rotation.rotations import Rotations, make_rotations
+from .assemble import RotationSigns, attach_kv_quantizer, quantize_input_modules
+from .memory import PeakMemory, weight_bytes
+from .report import LayerReport, QuantizationReport
+from .weights import quantize_weight
+
+__all__ = ["QuantizedModel", "needs_calibration", "quantize_model"]
+
+SENSITIVE_KEY_BITS = 8
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A model quantized in place, with what a checkpoint must say of it."""
+
+    model: nn.Module
+    recipe: Recipe
+    rotations: Rotations
+    key_bits: list[int]
+    report: QuantizationReport
+
+
+def needs_calibration(recipe: Recipe) -> bool:
+    """Whether the recipe needs calibration text: GPTQ, a stored channel order or cache offsets do."""
+    smoothing = recipe.activations.smoothing
+    ordered = smoothing is not None and smoothing.channel_order == "calibrated"
+    cache = recipe.kv_cache
+    offsets = cache is not None and (
+        "mean" in (cache.keys.offset, cache.values.offset) or cache.sensitive_layers > 0
+    )
+    return recipe.weights.method == "gptq" or ordered or offsets
+
+
+def quantize_model(
+    model: nn.Module,
+    recipe: Recipe,
+    windows: Tensor | None,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda done, total, text: None,
+) -> QuantizedModel:
+    """Quantize a causal language model of transformers in place.
+
+    Args:
+        model: in any floating dtype, on the CPU; its linears are replaced.
+        recipe: what to do.
+        windows: int64 ``[samples, tokens]`` calibration windows; None if :func:`needs_calibration` says so.
+        seed: of the rotations' random signs.
+        device: where layers are computed.
+        progress: called with steps done, steps in all, and what is being done.
+
+    Returns:
+        The model with its report. Weights of quantized linears are packed; everything else keeps its dtype.
+
+    Raises:
+        NonFiniteError: a weight holds NaN or Inf.
+        UnsupportedArchitectureError: no family is known for the model.
+    """
+    if windows is None and needs_calibration(recipe):
+        raise ValueError(f"recipe '{recipe.name}' needs calibration windows")
+    run = _Run(model, recipe, windows, seed, torch.device(device), progress)
+    with run.memory:
+        return run.execute()
+
+
+class _Run:
+    """One quantization run: the state that its steps share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        windows: Tensor | None,
+        seed: int,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        config: Any = model.config
+        self.model = model.eval().requires_grad_(False)
+        self.recipe = recipe
+        self.windows = windows
+        self.device = device
+        self.progress = progress
+        self.family: ModelFamily = family_for(config)
+        self.sizes = ModelSizes.from_config(config)
+        self.rotations = make_rotations(recipe.rotation, self.sizes, seed)
+        self.report = QuantizationReport(bytes_before=weight_bytes(model))
+        self.memory = PeakMemory(device)
+        self.layers: Any = model.get_submodule(self.family.layers)
+        passes = 2 if windows is not None else 0
+        self.steps = 0
+        self.batches = 0
+        self.total_steps = passes
+
+    def execute(self) -> QuantizedModel:
+        started = time.perf_counter()
+        _check_finite(self.model)
+        if self.rotations.residual is not None:
+            untie_head(self.model, self.family)
+        fold_embedding(self.model, self.family, self.rotations)
+        hidden = None
+        if self.windows is not None:
+            hidden = HiddenStates(self.model, self.family, self.windows, self.device)
+            self.batches = len(hidden.batches)
+        self.total_steps = len(self.layers) * (2 * self.batches + len(self.family.inputs))
+        for index, layer in enumerate(self.layers):
+            self._quantize_layer(index, layer, hidden)
+        fold_head(self.model, self.family, self.rotations)
+        if self.recipe.rotation is not None:
+            self.model.rotation_signs = RotationSigns(self.rotations)
+        key_bits = self._key_bits()
+        self.report.bytes_after = weight_bytes(self.model)
+        self.report.seconds = time.perf_counter() - started
+        self.memory.write(self.report)
+        return QuantizedModel(self.model, self.recipe, self.rotations, key_bits, self.report)
+
+    def _quantize_layer(self, index: int, layer: nn.Module, hidden: HiddenStates | None) -> None:
+        started = time.perf_counter()
+        report = LayerReport(index)
+        name = f"layer {index + 1}/{len(self.layers)}"
+        dtypes = {key: value.dtype for key, value in layer.named_parameters()}
+        layer.to(device=self.device, dtype=torch.float32)
+        fold_layer(layer, self.family, self.rotations, self.sizes.head_dim)
+        statistics: dict[str, InputStatistics] = {}
+        means: dict[str, MeanStatistics] = {}
+        reference: Tensor | None = None
+        if hidden is not None:
+            with_hessian = self.recipe.weights.method == "gptq"
+            with (
+                collect_inputs(layer, self.family.inputs, self.device, with_hessian=with_hessian) as statistics,
+                collect_means(self._projections(layer)) as means,
+            ):
+                reference = hidden.observe(layer, lambda: self._step(f"{name}: statistics"))
+        if self.recipe.kv_cache is not None:
+            self._quantize_cache(layer, means, hidden, report)
+        for entry in self.family.inputs:
+            self._quantize_input(layer, entry, statistics.get(entry.name), report)
+            self._step(f"{name}: weights")
+        if hidden is not None and reference is not None:
+            output = hidden.advance(layer, lambda: self._step(f"{name}: outputs"))
+            report.output_snr_db = _snr_db(reference, output)
+        _restore_dtypes(layer, dtypes)
+        layer.to("cpu")
+        report.seconds = time.perf_counter() - started
+        self.report.layers.append(report)
+
+    def _quantize_cache(
+        self,
+        layer: nn.Module,
+        means: dict[str, MeanStatistics],
+        hidden: HiddenStates | None,
+        report: LayerReport,
+    ) -> None:
+        cache = self.recipe.kv_cache
+        assert cache is not None
+        attention = layer.get_submodule(self.family.attention)
+        before = None if hidden is None else _attention_output(attention, layer, hidden)
+        rotary = self.model.get_submodule(self.family.rotary)
+        quantizer = attach_kv_quantizer(layer, self.family, cache, self.sizes, rotary, cache.keys.bits)
+        quantizer.to(self.device)
+        for name, tensor in (("key", quantizer.keys), ("value", quantizer.values)):
+            if tensor.offset is not None:
+                tensor.offset.copy_(means[name].mean().view_as(tensor.offset))
+        if before is not None and hidden is not None:
+            after = _attention_output(attention, layer, hidden)
+            report.cache_error = float((after - before).norm() / before.norm().clamp_min(1e-30))
+
+    def _quantize_input(
+        self, layer: nn.Module, entry: LinearInput, statistics: InputStatistics | None, report: LayerReport
+    ) -> None:
+        parent = layer.get_submodule(entry.parent)
+        originals = [getattr(parent, name) for name in entry.linears]
+        weight = torch.cat([linear.weight.detach() for linear in originals])
+        biases = [linear.bias for linear in originals]
+        replaced = quantize_input_modules(layer, entry, self.recipe, self.rotations, self.sizes)
+        quantizer: Any = getattr(parent, entry.quantizer_name)
+        hessian = None if statistics is None else statistics.hessian
+        if quantizer.scheme.stores_order and statistics is not None:
+            order = statistics.absmax.argsort(stable=True)
+            quantizer.channel_order.copy_(order)
+            weight = weight[:, order]
+            hessian = None if hessian is None else hessian[order][:, order]
+        quantized = quantize_weight(weight, self.recipe.weights, hessian)
+        quantized.store(list(replaced.values()))
+        for linear, bias in zip(replaced.values(), biases, strict=True):
+            if bias is not None and linear.bias is not None:
+                linear.bias.copy_(bias.detach())
+        quantizer.to(self.device)
+        for linear in replaced.values():
+            linear.to(self.device)
+        if quantized.fell_back:
+            report.fallbacks.append(entry.name)
+            warnings.warn(
+                f"Layer {report.index}, input '{entry.name}': the Hessian could not be factored even with 1000 times"
+                " the damping; its weights were rounded to nearest.",
+                stacklevel=2,
+            )
+
+    def _projections(self, layer: nn.Module) -> dict[str, nn.Module]:
+        attention = layer.get_submodule(self.family.attention)
+        return {
+            "key": attention.get_submodule(self.family.key),
+            "value": attention.get_submodule(self.family.value),
+        }
+
+    def _key_bits(self) -> list[int]:
+        """Key bits of each layer; the layers the 4-bit cache hurts most get 8 if the recipe grants it."""
+        cache = self.recipe.kv_cache
+        if cache is None:
+            return []
+        bits = [cache.keys.bits] * len(self.layers)
+        worst = sorted(self.report.layers, key=lambda layer: -(layer.cache_error or 0.0))
+        for layer in worst[: cache.sensitive_layers]:
+            bits[layer.index] = SENSITIVE_KEY_BITS
+            attention: Any = self.layers[layer.index].get_submodule(self.family.attention)
+            attention.kv_quantizer.keys.set_bits(SENSITIVE_KEY_BITS)
+        self.report.sensitive_layers = sorted(layer.index for layer in worst[: cache.sensitive_layers])
+        return bits
+
+    def _step(self, text: str) -> None:
+        self.steps += 1
+        self.progress(self.steps, self.total_steps, text)
+
+
+def _attention_output(attention: nn.Module, layer: nn.Module, hidden: HiddenStates) -> Tensor:
+    """The attention's output for the first batch."""
+    outputs: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = attention.register_forward_hook(hook)
+    try:
+        with torch.inference_mode():
+            hidden.run(layer, hidden.batches[0])
+    finally:
+        handle.remove()
+    return outputs[0]
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(
+                f"The weight '{name}' holds NaN or Inf. The model is damaged or overflowed when it was converted;"
+                " get it again, or convert it from its original precision."
+            )
+
+
+def _snr_db(reference: Tensor, output: Tensor) -> float:
+    noise = (output - reference).double().square().sum().clamp_min(1e-30)
+    return float(10 * torch.log10(reference.double().square().sum().clamp_min(1e-30) / noise))
+
+
+def _restore_dtypes(layer: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Cast what is left in full precision (norms, biases) back to what it was."""
+    fallback = next(iter(dtypes.values()))
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.data = parameter.data.to(dtypes.get(name, fallback))
+        for module in layer.modules():
+            if isinstance(module, QuantizedLinear) and module.bias is not None:
+                module.bias = module.bias.to(fallback)

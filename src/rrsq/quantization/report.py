@@ -1,0 +1,59 @@
+"""What a quantization run did, for the summary, the model card and ``rrsq inspect``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["LayerReport", "QuantizationReport"]
+
+
+@dataclass
+class LayerReport:
+    """One decoder layer.
+
+    Attributes:
+        index: position in the model.
+        output_snr_db: signal over error of the layer's output on calibration text, in dB, quantized against full
+            precision on the same inputs; None when the recipe needs no calibration.
+        cache_error: relative error of the attention output that the quantized KV cache alone causes; None without
+            a quantized cache.
+        fallbacks: inputs whose weights were rounded to nearest because GPTQ could not be used.
+        seconds: time spent.
+    """
+
+    index: int
+    output_snr_db: float | None = None
+    cache_error: float | None = None
+    fallbacks: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass
+class QuantizationReport:
+    """A whole run.
+
+    Attributes:
+        layers: one entry a decoder layer.
+        sensitive_layers: layers whose keys were given 8 bits.
+        seconds: time of the whole run.
+        bytes_before, bytes_after: size of all weights.
+        peak_memory: bytes of resident memory at its highest (process), and of the GPU where one was used.
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    sensitive_layers: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    peak_memory: int = 0
+    peak_gpu_memory: int | None = None
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Every input that fell back to round-to-nearest, as ``layer N input``."""
+        return [f"layer {layer.index} {name}" for layer in self.layers for name in layer.fallbacks]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)

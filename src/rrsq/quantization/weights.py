@@ -1,0 +1,66 @@
+"""Quantizing the weights of the linears that share one input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..nn.linear import QuantizedLinear
+from ..recipe import Weights
+from .gptq import factor_hessian, gptq_codes
+from .grid import choose_grid, round_to_grid
+from .scheme import group_size_for
+
+__all__ = ["QuantizedWeight", "quantize_weight"]
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Codes and steps of the stacked weights of one input, and what happened on the way.
+
+    Attributes:
+        codes: int8 ``[out, in]``.
+        scale: float32 ``[out]``.
+        multiplier: uint8 ``[out, groups]`` or None.
+        fell_back: the recipe asked for GPTQ but the weight was rounded to nearest.
+        damping: the Hessian damping that was used, 0 for round to nearest.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    multiplier: Tensor | None
+    fell_back: bool
+    damping: float
+
+    def store(self, linears: list[QuantizedLinear]) -> None:
+        """Hand each linear its rows."""
+        start = 0
+        for linear in linears:
+            rows = slice(start, start + linear.out_features)
+            multiplier = None if self.multiplier is None else self.multiplier[rows]
+            linear.set_weight(self.codes[rows], self.scale[rows], multiplier)
+            start += linear.out_features
+
+
+def quantize_weight(weight: Tensor, recipe: Weights, hessian: Tensor | None) -> QuantizedWeight:
+    """Quantize the stacked weights of the linears that share an input.
+
+    Args:
+        weight: float32 ``[out, in]``, rotated, columns in the stored channel order.
+        recipe: method, groups, search and damping.
+        hessian: float32 ``[in, in]`` of the input, same column order; None for round to nearest.
+    """
+    with torch.inference_mode():
+        grid = choose_grid(
+            weight, group_size_for(recipe.group_size, weight.shape[1]), search=recipe.clip_search
+        )
+        steps = grid.steps(weight.shape[1])
+        if recipe.method == "rtn" or hessian is None:
+            codes = round_to_grid(weight, steps)
+            return QuantizedWeight(codes, grid.scale, grid.multiplier, recipe.method != "rtn", 0.0)
+        factor = factor_hessian(hessian, act_order=recipe.act_order, damping=recipe.damping)
+        result = gptq_codes(weight, steps, factor)
+        damping = factor.damping if factor is not None else 0.0
+        return QuantizedWeight(result.codes, grid.scale, grid.multiplier, not result.used_gptq, damping)

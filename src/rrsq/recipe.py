@@ -1,0 +1,244 @@
+"""What to do to a model, as data.
+
+A recipe is a frozen pydantic model; the named ones are YAML files in ``recipes/``. Unknown keys are refused
+with the nearest valid one. ``--set activations.smoothing.group_size=32`` overrides one field by its path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import RecipeError, did_you_mean
+
+__all__ = [
+    "INPUTS",
+    "Activations",
+    "CacheTensor",
+    "KVCache",
+    "Recipe",
+    "Rotation",
+    "Smoothing",
+    "Weights",
+    "load_recipe",
+    "parse_recipe",
+    "recipe_names",
+]
+
+Input = Literal["qkv", "o", "gate_up", "down"]
+INPUTS: tuple[str, ...] = get_args(Input)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Rotation(_Part):
+    """Which orthogonal rotations are applied (names of SpinQuant, arXiv 2405.16406; QuaRot, arXiv 2404.00456)."""
+
+    residual: bool = Field(True, description="R1: the residual stream, folded into weights")
+    head: bool = Field(True, description="R2: head_dim of values, folded into v_proj and o_proj")
+    across_heads: bool = Field(True, description="the head index of o_proj's input, online, where the order exists")
+    intermediate: bool = Field(True, description="R4: down_proj's input, online")
+    shards: int = Field(1, ge=1, description="R4 is block-diagonal over this many tensor-parallel shards")
+
+
+class Weights(_Part):
+    """How weights become INT4 codes."""
+
+    bits: Literal[4] = 4
+    method: Literal["gptq", "rtn"] = "gptq"
+    group_size: int | None = Field(
+        None, ge=2, description="channels an integer multiplier (1..15) covers; null: one scale a row"
+    )
+    clip_search: bool = Field(True, description="search each scale for the least squared error")
+    act_order: bool = Field(True, description="GPTQ visits channels by falling Hessian diagonal")
+    damping: float = Field(0.01, gt=0, lt=1, description="fraction of the Hessian's mean diagonal added to it")
+
+
+class Smoothing(_Part):
+    """Runtime smoothing (arXiv 2409.20361): groups of channels share a scale found at run time."""
+
+    scope: Literal["token", "block", "sequence"] = Field("token", description="the tokens that share a scale")
+    statistic: Literal["max", "token_normalized_max"] = "max"
+    group_size: int = Field(16, ge=1, description="channels that share a scale; the greatest common divisor fits it")
+    fold: Literal["integer", "none"] = Field(
+        "integer", description="integer: scales are small integers inside the int8 operand; none: real scales"
+    )
+    channel_order: Literal["none", "calibrated", "per_call"] = Field(
+        "none", description="calibrated: stored, folded into weights; per_call: sorted in each call, simulated only"
+    )
+    inputs: tuple[Input, ...] = Field(INPUTS, description="which linear inputs are smoothed")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Smoothing:
+        if self.fold == "integer" and self.scope != "token":
+            raise ValueError("fold: integer needs scope: token, since each token has its own multipliers")
+        if self.fold == "integer" and self.statistic != "max":
+            raise ValueError("fold: integer needs statistic: max")
+        if self.fold == "integer" and self.channel_order != "none":
+            raise ValueError("fold: integer needs channel_order: none")
+        return self
+
+
+class Activations(_Part):
+    """How the inputs of quantized linears become integers; 16 bits leaves them in floating point."""
+
+    bits: Literal[4, 8, 16] = 4
+    clip: float = Field(1.0, gt=0, le=1, description="fraction of the largest magnitude that the top code stands for")
+    smoothing: Smoothing | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Activations:
+        if self.smoothing is not None and self.bits == 16:
+            raise ValueError("smoothing needs activations.bits of 4 or 8")
+        if self.smoothing is not None and self.smoothing.fold == "integer" and self.bits != 4:
+            raise ValueError("smoothing.fold: integer needs activations.bits: 4")
+        return self
+
+
+class CacheTensor(_Part):
+    """How cached keys or values are stored."""
+
+    bits: Literal[4, 8] = 4
+    group_size: int = Field(128, ge=2, description="entries of head_dim that share a scale, at most head_dim")
+    zero_point: bool = Field(False, description="true: asymmetric, 16 levels from minimum to maximum")
+    rotate: bool = Field(True, description="Hadamard over head_dim before quantization (R3 for keys)")
+    offset: Literal["none", "mean"] = Field(
+        "none", description="mean: the calibrated mean, for keys before RoPE, is taken off and put back"
+    )
+
+
+class KVCache(_Part):
+    """The quantized KV cache."""
+
+    keys: CacheTensor = CacheTensor()
+    values: CacheTensor = CacheTensor()
+    sensitive_layers: int = Field(0, ge=0, description="this many layers, found in calibration, get 8-bit keys")
+
+
+class Recipe(_Part):
+    """Everything that decides a checkpoint's content apart from the model, the calibration data and the seed."""
+
+    name: str = "custom"
+    description: str = ""
+    rotation: Rotation | None = Rotation()
+    weights: Weights = Weights()
+    activations: Activations = Activations()
+    kv_cache: KVCache | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _one_line(cls, name: str) -> str:
+        if not name or len(name) > 100 or "\n" in name:
+            raise ValueError("must be one line of 1 to 100 characters")
+        return name
+
+
+def _folders() -> list[Path]:
+    package = Path(__file__).resolve().parent
+    return [package / "recipes", package.parent.parent / "recipes"]
+
+
+def _named() -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for folder in _folders():
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def recipe_names() -> list[str]:
+    """The names that ``--recipe`` takes, sorted."""
+    return sorted(_named())
+
+
+def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe by name or YAML path and apply ``key=value`` overrides.
+
+    Args:
+        name_or_path: a name in :func:`recipe_names`, or a path to a YAML file.
+        overrides: assignments such as ``weights.group_size=64``; values are read as YAML.
+
+    Raises:
+        RecipeError: unknown name, unreadable file, unknown key or invalid value.
+    """
+    named = _named()
+    path = named.get(name_or_path)
+    if path is None:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise RecipeError(
+                f"No recipe '{name_or_path}'.{did_you_mean(name_or_path, named)}"
+                f" Known recipes: {', '.join(sorted(named))}; or give the path of a YAML file."
+            )
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"Recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"Recipe {path} must be a mapping of fields, as in the files of recipes/.")
+    data.setdefault("name", path.stem)
+    for override in overrides:
+        _assign(data, override)
+    return parse_recipe(data, str(path))
+
+
+def parse_recipe(data: Any, source: str) -> Recipe:
+    """Validate plain data as a recipe; ``source`` names it in the error."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"Recipe {source}: {_explain(error)}") from error
+
+
+def _assign(data: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set takes KEY=VALUE, for example weights.group_size=64; got '{assignment}'.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {assignment}: the value is not valid YAML.") from error
+    *parents, leaf = key.split(".")
+    node = data
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {assignment}: '{parent}' is a value, not a section.")
+        node = child
+    node[leaf] = value
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    """The field names valid at a validation error's location."""
+    model: type[BaseModel] = Recipe
+    for key in location:
+        field = model.model_fields.get(str(key))
+        if field is None:
+            break
+        options = [field.annotation, *get_args(field.annotation)]
+        nested = [t for t in options if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not nested:
+            break
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors()[:5]:
+        location = ".".join(str(key) for key in problem["loc"]) or "recipe"
+        if problem["type"] == "extra_forbidden":
+            valid = _fields_at(problem["loc"][:-1])
+            hint = did_you_mean(str(problem["loc"][-1]), valid) or f" Valid keys: {', '.join(valid)}."
+            parts.append(f"unknown key '{location}'.{hint}")
+        else:
+            parts.append(f"{location}: {problem['msg'].removeprefix('Value error, ')}.")
+    return " ".join(parts)

@@ -1,0 +1,1 @@
+"""Building Hadamard matrices and folding rotations into weights."""

@@ -1,0 +1,94 @@
+"""The rotations of one model: which there are, their signs and their Hadamard plans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models import ModelSizes
+from ..recipe import Rotation
+from .hadamard import HadamardPlan, is_known_order, plan_hadamard, rotate_columns
+
+__all__ = ["RandomizedHadamard", "Rotations", "make_rotations"]
+
+
+@dataclass(frozen=True)
+class RandomizedHadamard:
+    """The orthogonal matrix ``diag(signs) · H``, ``H`` the (block-diagonal) orthonormal Hadamard matrix of ``plan``.
+
+    Attributes:
+        signs: float64 ``[size]`` of ±1.
+        plan: the Hadamard factorization of ``size``.
+    """
+
+    signs: Tensor
+    plan: HadamardPlan
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """``rows @ R`` for float ``rows`` ``[..., size]``."""
+        return rotate_columns(rows * self.signs.to(rows), self.plan)
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """The rotations of a model; None where one is not applied.
+
+    Attributes:
+        residual: R1, hidden size, folded.
+        head: R2, head_dim, folded into values and o_proj.
+        across_heads: the head index of o_proj's input, online.
+        intermediate: R4, down_proj's input, online.
+    """
+
+    residual: RandomizedHadamard | None = None
+    head: RandomizedHadamard | None = None
+    across_heads: HadamardPlan | None = None
+    intermediate: HadamardPlan | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for ``config.json``: per rotation the size, the block and the order of its dense base."""
+
+        def plan(p: HadamardPlan | None) -> dict[str, int] | None:
+            return None if p is None else {"size": p.size, "block": p.block, "base": p.base}
+
+        return {
+            "residual": plan(self.residual.plan if self.residual else None),
+            "head": plan(self.head.plan if self.head else None),
+            "across_heads": plan(self.across_heads),
+            "intermediate": plan(self.intermediate),
+        }
+
+
+def _signs(size: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
+
+
+def make_rotations(recipe: Rotation | None, sizes: ModelSizes, seed: int) -> Rotations:
+    """Choose the rotations of a model.
+
+    Args:
+        recipe: which rotations to apply; None for none.
+        sizes: the model's sizes.
+        seed: of the random signs of R1 and R2.
+
+    Returns:
+        The rotations. The rotation across heads is left out where no Hadamard matrix of order ``heads`` exists
+        (9 or 14 heads, for example); R1, R2 and R4 fall back to block-diagonal matrices, which
+        :meth:`Rotations.describe` shows.
+    """
+    if recipe is None:
+        return Rotations()
+    generator = torch.Generator().manual_seed(seed)
+    residual = RandomizedHadamard(_signs(sizes.hidden, generator), plan_hadamard(sizes.hidden))
+    head = RandomizedHadamard(_signs(sizes.head_dim, generator), plan_hadamard(sizes.head_dim))
+    across = recipe.across_heads and sizes.heads > 1 and is_known_order(sizes.heads)
+    intermediate = plan_hadamard(sizes.intermediate, shards=recipe.shards)
+    return Rotations(
+        residual=residual if recipe.residual else None,
+        head=head if recipe.head else None,
+        across_heads=plan_hadamard(sizes.heads) if across else None,
+        intermediate=intermediate if recipe.intermediate and intermediate.block > 1 else None,
+    )

@@ -1,0 +1,172 @@
+"""Shared fixtures: tiny random models, a tiny tokenizer, a text and a data folder, all made here.
+
+Nothing in the test suite needs a network: the Hub libraries are told so before anything imports them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="rrsq-test-datasets-")
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+VOCABULARY_SIZE = 512
+WORDS = """
+the of and a to in was is for on as by with at from river city tower bridge king ship storm winter battle
+song album film season game player team record light sound school church village road building century
+first second new old great small early late long built played wrote found known
+"""
+
+
+def make_text(num_sentences: int, seed: int) -> str:
+    """Sentences of common words drawn with Zipf weights: compressible, but not constant."""
+    generator = random.Random(seed)
+    words = WORDS.split()
+    weights = [1.0 / (rank + 1) for rank in range(len(words))]
+    sentences = (
+        " ".join(generator.choices(words, weights, k=generator.randint(5, 14))).capitalize() + "."
+        for _ in range(num_sentences)
+    )
+    return "\n".join(sentences)
+
+
+@pytest.fixture(scope="session")
+def tiny_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A UTF-8 text file of some 13000 tokens of the tiny tokenizer."""
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text(make_text(1200, seed=1) + "\nNaïve café – 東京.\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer for any text, with fewer entries than the models have rows."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([make_text(800, seed=2)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        model_max_length=2048,
+    )
+
+
+def save_tiny_model(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    """Save a seeded random model in float32 with uneven norm gains and, where it has them, biases."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(config.hidden_size)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.copy_(torch.exp(0.5 * torch.randn_like(parameter)))
+                elif name.endswith("bias"):
+                    parameter.copy_(0.5 * torch.randn_like(parameter))
+                    if "k_proj" in name:  # Qwen2's key biases have a few huge channels.
+                        parameter[:: config.hidden_size // 8] *= 8.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Llama: tied embeddings, hidden 96 with 4 heads of 16 (their product is not the hidden size)."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        bos_token_id=tiny_tokenizer.bos_token_id,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    return save_tiny_model(config, tiny_tokenizer, tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Qwen2: untied embeddings, q/k/v biases (large on some keys), hidden 64, no head_dim in the config."""
+    from transformers import Qwen2Config
+
+    config = Qwen2Config(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        bos_token_id=tiny_tokenizer.bos_token_id,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    return save_tiny_model(config, tiny_tokenizer, tmp_path_factory.mktemp("models") / "tiny-qwen2")
+
+
+WIKITEXT_CARD = """---
+configs:
+- config_name: wikitext-2-raw-v1
+  data_files:
+  - split: test
+    path: wikitext-2-raw-v1/test-*.parquet
+  - split: train
+    path: wikitext-2-raw-v1/train-*.parquet
+---
+A text with the layout of the Hub data set of this name.
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root laid out like the Hub, holding a tiny ``Salesforce/wikitext`` with train and test."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = tmp_path_factory.mktemp("hub")
+    folder = root / "Salesforce" / "wikitext"
+    (folder / "wikitext-2-raw-v1").mkdir(parents=True)
+    (folder / "README.md").write_text(WIKITEXT_CARD, encoding="utf-8")
+    for split, seed in (("train", 3), ("test", 4)):
+        rows = ["", " = Title = \n", *make_text(400, seed).split("\n"), ""]
+        file = folder / "wikitext-2-raw-v1" / f"{split}-00000-of-00001.parquet"
+        pq.write_table(pa.table({"text": rows}), file)
+    return root
