@@ -1,7 +1,8 @@
 """Telling transformers of the quantization method, without importing it.
 
-``import rrsq`` must make ``AutoModelForCausalLM.from_pretrained`` understand a checkpoint, and must not import
-torch. So the registration waits, as an import hook, until transformers' registry of quantizers is imported.
+``import rrsq`` must make ``AutoModelForCausalLM.from_pretrained`` understand a checkpoint, and must not
+import torch. So the registration waits, as an import hook, until transformers' registry of quantizers is
+imported.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 Input = Literal["qkv", "o", "gate_up", "down"]
-INPUTS: tuple[str, ...] = get_args(Input)
+INPUTS: tuple[Input, ...] = get_args(Input)
 
 
 class _Part(BaseModel):
@@ -38,13 +38,17 @@ class _Part(BaseModel):
 
 
 class Rotation(_Part):
-    """Which orthogonal rotations are applied (names of SpinQuant, arXiv 2405.16406; QuaRot, arXiv 2404.00456)."""
+    """Which orthogonal rotations are applied (names of SpinQuant, arXiv 2405.16406, and QuaRot)."""
 
-    residual: bool = Field(True, description="R1: the residual stream, folded into weights")
-    head: bool = Field(True, description="R2: head_dim of values, folded into v_proj and o_proj")
-    across_heads: bool = Field(True, description="the head index of o_proj's input, online, where the order exists")
-    intermediate: bool = Field(True, description="R4: down_proj's input, online")
-    shards: int = Field(1, ge=1, description="R4 is block-diagonal over this many tensor-parallel shards")
+    residual: bool = Field(default=True, description="R1: the residual stream, folded into weights")
+    head: bool = Field(default=True, description="R2: head_dim of values, folded into v_proj and o_proj")
+    across_heads: bool = Field(
+        default=True, description="the head index of o_proj's input, online, where the order exists"
+    )
+    intermediate: bool = Field(default=True, description="R4: down_proj's input, online")
+    shards: int = Field(
+        default=1, ge=1, description="R4 is block-diagonal over this many tensor-parallel shards"
+    )
 
 
 class Weights(_Part):
@@ -53,26 +57,34 @@ class Weights(_Part):
     bits: Literal[4] = 4
     method: Literal["gptq", "rtn"] = "gptq"
     group_size: int | None = Field(
-        None, ge=2, description="channels an integer multiplier (1..15) covers; null: one scale a row"
+        default=None, ge=2, description="channels an integer multiplier (1..15) covers; null: one scale a row"
     )
-    clip_search: bool = Field(True, description="search each scale for the least squared error")
-    act_order: bool = Field(True, description="GPTQ visits channels by falling Hessian diagonal")
-    damping: float = Field(0.01, gt=0, lt=1, description="fraction of the Hessian's mean diagonal added to it")
+    clip_search: bool = Field(default=True, description="search each scale for the least squared error")
+    act_order: bool = Field(default=True, description="GPTQ visits channels by falling Hessian diagonal")
+    damping: float = Field(
+        default=0.01, gt=0, lt=1, description="fraction of the Hessian's mean diagonal added to it"
+    )
 
 
 class Smoothing(_Part):
     """Runtime smoothing (arXiv 2409.20361): groups of channels share a scale found at run time."""
 
-    scope: Literal["token", "block", "sequence"] = Field("token", description="the tokens that share a scale")
+    scope: Literal["token", "block", "sequence"] = Field(
+        default="token", description="the tokens that share a scale"
+    )
     statistic: Literal["max", "token_normalized_max"] = "max"
-    group_size: int = Field(16, ge=1, description="channels that share a scale; the greatest common divisor fits it")
+    group_size: int = Field(
+        default=16, ge=1, description="channels that share a scale; the greatest common divisor fits it"
+    )
     fold: Literal["integer", "none"] = Field(
-        "integer", description="integer: scales are small integers inside the int8 operand; none: real scales"
+        default="integer",
+        description="integer: scales are small integers inside the int8 operand; none: real scales",
     )
     channel_order: Literal["none", "calibrated", "per_call"] = Field(
-        "none", description="calibrated: stored, folded into weights; per_call: sorted in each call, simulated only"
+        default="none",
+        description="calibrated: stored, folded into weights; per_call: sorted in each call, simulated only",
     )
-    inputs: tuple[Input, ...] = Field(INPUTS, description="which linear inputs are smoothed")
+    inputs: tuple[Input, ...] = Field(default=INPUTS, description="which linear inputs are smoothed")
 
     @model_validator(mode="after")
     def _consistent(self) -> Smoothing:
@@ -89,7 +101,9 @@ class Activations(_Part):
     """How the inputs of quantized linears become integers; 16 bits leaves them in floating point."""
 
     bits: Literal[4, 8, 16] = 4
-    clip: float = Field(1.0, gt=0, le=1, description="fraction of the largest magnitude that the top code stands for")
+    clip: float = Field(
+        default=1.0, gt=0, le=1, description="fraction of the largest magnitude that the top code stands for"
+    )
     smoothing: Smoothing | None = None
 
     @model_validator(mode="after")
@@ -105,11 +119,14 @@ class CacheTensor(_Part):
     """How cached keys or values are stored."""
 
     bits: Literal[4, 8] = 4
-    group_size: int = Field(128, ge=2, description="entries of head_dim that share a scale, at most head_dim")
-    zero_point: bool = Field(False, description="true: asymmetric, 16 levels from minimum to maximum")
-    rotate: bool = Field(True, description="Hadamard over head_dim before quantization (R3 for keys)")
+    group_size: int = Field(
+        default=128, ge=2, description="entries of head_dim that share a scale, at most head_dim"
+    )
+    zero_point: bool = Field(default=False, description="true: asymmetric, 16 levels from minimum to maximum")
+    rotate: bool = Field(default=True, description="Hadamard over head_dim before quantization (R3 for keys)")
     offset: Literal["none", "mean"] = Field(
-        "none", description="mean: the calibrated mean, for keys before RoPE, is taken off and put back"
+        default="none",
+        description="mean: the calibrated mean, for keys before RoPE, is taken off and put back",
     )
 
 
@@ -118,11 +135,13 @@ class KVCache(_Part):
 
     keys: CacheTensor = CacheTensor()
     values: CacheTensor = CacheTensor()
-    sensitive_layers: int = Field(0, ge=0, description="this many layers, found in calibration, get 8-bit keys")
+    sensitive_layers: int = Field(
+        default=0, ge=0, description="this many layers, found in calibration, get 8-bit keys"
+    )
 
 
 class Recipe(_Part):
-    """Everything that decides a checkpoint's content apart from the model, the calibration data and the seed."""
+    """What decides a checkpoint's content, apart from the model, the calibration data and the seed."""
 
     name: str = "custom"
     description: str = ""

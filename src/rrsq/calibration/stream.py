@@ -1,4 +1,4 @@
-"""Streaming calibration text through a model layer by layer: one layer and one batch on the device at a time."""
+"""Streaming calibration text through a model, with one layer and one batch on the device at a time."""
 
 from __future__ import annotations
 
@@ -27,13 +27,19 @@ class HiddenStates:
     """
 
     def __init__(
-        self, model: nn.Module, family: ModelFamily, windows: Tensor, device: torch.device, batch_tokens: int = 4096
+        self,
+        model: nn.Module,
+        family: ModelFamily,
+        windows: Tensor,
+        device: torch.device,
+        batch_tokens: int = 4096,
     ) -> None:
         self.device = device
         batch = max(1, batch_tokens // windows.shape[1])
         embedding = model.get_submodule(family.embedding)
         with torch.inference_mode():
-            self.batches = [embedding(part.to(embedding.weight.device)).float().cpu() for part in windows.split(batch)]
+            parts = windows.to(embedding.weight.device).split(batch)
+            self.batches = [embedding(part).float().cpu() for part in parts]
         self._rotary = model.get_submodule(family.rotary)
 
     def run(self, layer: nn.Module, batch: Tensor) -> Tensor:
@@ -52,7 +58,7 @@ class HiddenStates:
         return output[0] if isinstance(output, tuple) else output
 
     def observe(self, layer: nn.Module, on_batch: Callable[[], None] = lambda: None) -> Tensor:
-        """Run all batches for the hooks' sake and return the output of the first ``[samples, tokens, hidden]``."""
+        """Run all batches for the hooks' sake; return the first output ``[samples, tokens, hidden]``."""
         first: Tensor | None = None
         with torch.inference_mode():
             for batch in self.batches:
@@ -79,7 +85,7 @@ def collect_inputs(
     statistics: dict[str, InputStatistics] = {}
     handles = []
     for entry in inputs:
-        linear = layer.get_submodule(f"{entry.parent}.{entry.linears[0]}")
+        linear: Any = layer.get_submodule(f"{entry.parent}.{entry.linears[0]}")
         linear = getattr(linear, "linear", linear)
         gathered = InputStatistics(linear.weight.shape[1], device, with_hessian=with_hessian)
         statistics[entry.name] = gathered
@@ -95,7 +101,9 @@ def collect_inputs(
 def collect_means(modules: dict[str, nn.Module]) -> Iterator[dict[str, MeanStatistics]]:
     """While open, gather the mean output of each module, by its given name."""
     statistics = {name: MeanStatistics() for name in modules}
-    handles = [module.register_forward_hook(_output_hook(statistics[name])) for name, module in modules.items()]
+    handles = [
+        module.register_forward_hook(_output_hook(statistics[name])) for name, module in modules.items()
+    ]
     try:
         yield statistics
     finally:

@@ -11,10 +11,17 @@ from ..recipe import Recipe
 from ..rotation.hadamard import HadamardPlan
 from ..rotation.rotations import RandomizedHadamard, Rotations
 
-__all__ = ["FORMAT_VERSION", "QUANT_METHOD", "CalibrationInfo", "CheckpointInfo", "RotationInfo", "parse_info"]
+__all__ = [
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "CalibrationInfo",
+    "CheckpointInfo",
+    "RotationInfo",
+    "parse_info",
+]
 
-QUANT_METHOD = "rrsq"
-FORMAT_VERSION = 1
+QUANT_METHOD: Literal["rrsq"] = "rrsq"
+FORMAT_VERSION: Literal[1] = 1
 
 
 class _Part(BaseModel):

@@ -31,8 +31,8 @@ def locate_model(path: str, data_root: Path | str | None = None) -> tuple[str, d
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise ModelLoadError(
-                f"The folder '{path}' holds no config.json. Give the folder of a Hugging Face model or of an rrsq"
-                " checkpoint."
+                f"The folder '{path}' holds no config.json. Give the folder of a Hugging Face model or of an"
+                " rrsq checkpoint."
             )
         return str(local), {}
     if local.exists():
@@ -72,7 +72,12 @@ def load_config(path: str, data_root: Path | str | None = None) -> Any:
 
 
 def load_model(
-    path: str, *, device: str = "auto", dtype: str = "auto", data_root: Path | str | None = None, **kwargs: Any
+    path: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    data_root: Path | str | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a causal language model, quantized or not, for inference.
 
@@ -137,13 +142,13 @@ def _explain(error: Exception, path: str, what: str) -> RRSQError:
         return ModelLoadError(f"The {what} of '{path}' cannot be loaded: {reason}")
     if _missing_on_hub(error):
         return ModelLoadError(
-            f"There is no model '{path}', neither as a local folder nor on the Hugging Face Hub (or it is private:"
-            " log in with 'hf auth login')."
+            f"There is no model '{path}', neither as a local folder nor on the Hugging Face Hub (or it is"
+            " private: log in with 'hf auth login')."
         )
     return ModelLoadError(
-        f"The {what} of '{path}' is not on this machine and the Hugging Face Hub cannot be reached ({reason})."
-        " Give a local folder, or name with --data-root or RRSQ_DATA_ROOT a folder laid out like the Hub that"
-        f" holds '{path}/config.json'."
+        f"The {what} of '{path}' is not on this machine and the Hugging Face Hub cannot be reached"
+        f" ({reason}). Give a local folder, or name with --data-root or RRSQ_DATA_ROOT a folder laid out like"
+        f" the Hub that holds '{path}/config.json'."
     )
 
 

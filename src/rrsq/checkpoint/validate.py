@@ -66,12 +66,14 @@ def check_shards(model: torch.nn.Module, files: Iterable[str]) -> None:
     missing = sorted(expected.keys() - found.keys())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"The checkpoint lacks the tensor '{missing[0]}'{more}. A shard may not have been copied.")
+        raise CheckpointError(
+            f"The checkpoint lacks the tensor '{missing[0]}'{more}. A shard may not have been copied."
+        )
     for name, tensor in expected.items():
-        shape, dtype = list(tensor.shape), found[name].get("dtype")
-        if found[name].get("shape") != shape:
+        shape, dtype = found[name].get("shape"), found[name].get("dtype")
+        if shape != list(tensor.shape):
             raise CheckpointError(
-                f"Tensor '{name}' of the checkpoint has shape {found[name].get('shape')}; its recipe needs {shape}."
+                f"Tensor '{name}' of the checkpoint has shape {shape}; its recipe needs {list(tensor.shape)}."
             )
         fits = dtype in _FLOATS if tensor.is_floating_point() else dtype == _DTYPES.get(tensor.dtype)
         if not fits:

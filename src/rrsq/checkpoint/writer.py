@@ -30,9 +30,13 @@ def check_output(out: Path, *, overwrite: bool) -> None:
     """
     if out.exists() or out.is_symlink():
         if not overwrite:
-            raise OutputExistsError(f"'{out}' exists already. Give --overwrite to replace it, or another folder.")
+            raise OutputExistsError(
+                f"'{out}' exists already. Give --overwrite to replace it, or another folder."
+            )
         if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
-            raise OutputExistsError(f"'{out}' is not a model folder; it is not replaced. Give another folder.")
+            raise OutputExistsError(
+                f"'{out}' is not a model folder; it is not replaced. Give another folder."
+            )
     with _storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         probe = _staging(out)
@@ -124,8 +128,8 @@ def _storage_errors(out: Path) -> Iterator[None]:
     except Exception as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise StorageError(
-                f"The disk that holds '{out}' is full. Nothing was left there; free some space or choose another"
-                " folder, and run the command again."
+                f"The disk that holds '{out}' is full. Nothing was left there; free some space or choose"
+                " another folder, and run the command again."
             ) from error
         if isinstance(error, OSError):
             raise StorageError(f"'{out}' cannot be written: {error.strerror or error}.") from error

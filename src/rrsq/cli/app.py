@@ -18,6 +18,14 @@ from rrsq.cli.console import examples, show_warnings
 from rrsq.cli.errors import ErrorReportingGroup
 from rrsq.cli.eval import EXAMPLES as EVAL_EXAMPLES
 from rrsq.cli.eval import evaluate
+from rrsq.cli.generate import EXAMPLES as GENERATE_EXAMPLES
+from rrsq.cli.generate import generate
+from rrsq.cli.inspect import EXAMPLES as INSPECT_EXAMPLES
+from rrsq.cli.inspect import inspect as inspect_checkpoint
+from rrsq.cli.quantize import EXAMPLES as QUANTIZE_EXAMPLES
+from rrsq.cli.quantize import quantize
+from rrsq.cli.recipes import EXAMPLES as RECIPES_EXAMPLES
+from rrsq.cli.recipes import recipes
 
 __all__ = ["app"]
 
@@ -27,7 +35,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=examples("rrsq eval HuggingFaceTB/SmolLM2-135M --tasks wikitext2 --limit 24"),
+    epilog=examples(
+        "rrsq quantize HuggingFaceTB/SmolLM2-135M -o out/",
+        "rrsq eval out/ --baseline HuggingFaceTB/SmolLM2-135M --limit 24",
+    ),
 )
 
 
@@ -39,7 +50,11 @@ def _add(name: str, command: Callable[..., None], examples_of_it: str) -> None:
 
 # The commands, in the order of the help. To add one, import its function and its examples above, and give it
 # one line here.
+_add("quantize", quantize, QUANTIZE_EXAMPLES)
 _add("eval", evaluate, EVAL_EXAMPLES)
+_add("generate", generate, GENERATE_EXAMPLES)
+_add("inspect", inspect_checkpoint, INSPECT_EXAMPLES)
+_add("recipes", recipes, RECIPES_EXAMPLES)
 
 
 def _print_version(requested: bool) -> None:

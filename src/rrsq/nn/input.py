@@ -70,7 +70,7 @@ class FoldedInput:
 
 @dataclass(frozen=True)
 class SmoothedInput:
-    """int8 ``codes``, float32 ``scale [tokens]`` and ``group_scale [sets, groups]`` of real-valued smoothing."""
+    """int8 ``codes``, float32 ``scale [tokens]`` and ``group_scale [sets, groups]`` of real smoothing."""
 
     codes: Tensor
     scale: Tensor
@@ -84,8 +84,8 @@ QuantizedInput = FloatInput | FoldedInput | SmoothedInput
 class InputQuantizer(nn.Module):
     """Rotate, smooth and quantize the input of one or more linears.
 
-    Linears of one input call it one after the other with the same tensor; the result of the first call is kept
-    until the last of them has read it.
+    Linears of one input call it one after the other with the same tensor; the result of the first call is
+    kept until the last of them has read it.
 
     Args:
         scheme: how to quantize.
@@ -95,7 +95,9 @@ class InputQuantizer(nn.Module):
 
     channel_order: Tensor | None
 
-    def __init__(self, scheme: InputScheme, rotation: OnlineHadamard | None = None, consumers: int = 1) -> None:
+    def __init__(
+        self, scheme: InputScheme, rotation: OnlineHadamard | None = None, consumers: int = 1
+    ) -> None:
         super().__init__()
         self.scheme = scheme
         self.rotation = rotation
@@ -147,7 +149,7 @@ class InputQuantizer(nn.Module):
         return SmoothedInput(codes, scale, group_scale, size)
 
     def simulate(self, x: Tensor) -> Tensor:
-        """What the quantized input stands for, in float32 and the original channel order ``[..., channels]``."""
+        """What the quantized input stands for: float32 ``[..., channels]`` in the original channel order."""
         scheme = self.scheme
         x = x.float() if self.rotation is None else self.rotation(x.float())
         if scheme.bits == 16:

@@ -1,8 +1,9 @@
 """The KV cache in 4 bits, as a transformers cache layer that an attention hook puts in place.
 
-A :class:`KVQuantizer` is a submodule of each attention of a KV4 checkpoint. Before the attention runs, its hook
-turns the layer's empty dynamic cache into a :class:`QuantizedCacheLayer`, so that ``generate()`` and any other
-caller uses it without being told, and so that a forward pass without a cache sees the same quantized keys and values.
+A :class:`KVQuantizer` is a submodule of each attention of a KV4 checkpoint. Before the attention runs, its
+hook turns the layer's empty dynamic cache into a :class:`QuantizedCacheLayer`, so that ``generate()`` and any
+other caller uses it without being told, and so that a forward pass without a cache sees the same quantized
+keys and values.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ class KVQuantizer(nn.Module):
     Args:
         keys, values: schemes; None keeps that tensor in 16 bits.
         kv_heads, head_dim: sizes.
-        rotary: the model's rotary embedding, which gives the angles of a position; used to put back a key offset
-            that was taken off before RoPE (RoPE is linear: ``RoPE(k) = RoPE(k - b) + RoPE(b)``).
+        rotary: the model's rotary embedding, which gives the angles of a position; used to put back a key
+            offset that was taken off before RoPE (RoPE is linear: ``RoPE(k) = RoPE(k - b) + RoPE(b)``).
     """
 
     def __init__(
@@ -156,8 +157,8 @@ class KVQuantizer(nn.Module):
     @staticmethod
     def _refuse(kind: str) -> None:
         warnings.warn(
-            f"The KV cache stays in 16 bits: '{kind}' cannot hold quantized keys and values. Leave the cache to"
-            " generate(), or pass an empty DynamicCache.",
+            f"The KV cache stays in 16 bits: '{kind}' cannot hold quantized keys and values. Leave the cache"
+            " to generate(), or pass an empty DynamicCache.",
             stacklevel=2,
         )
 
@@ -180,7 +181,9 @@ class QuantizedCacheLayer(DynamicLayer):
         """Bytes held for all cached tokens."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.stored.values())
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append tokens ``[batch, kv_heads, new, head_dim]``; return all keys and values in their dtype."""
         self.dtype, self.device = key_states.dtype, key_states.device
         positions = _positions(self.next_positions, key_states, self.get_seq_length())

@@ -119,7 +119,7 @@ class QuantizedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _cpu_operand(self) -> Tensor | None:
-        """The unpacked int8 weight, kept on CPU, where unpacking at each call would cost more than the product."""
+        """The unpacked int8 weight, kept on CPU: unpacking at each call would cost more than the product."""
         if self.weight_packed.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         if self._operand is None:

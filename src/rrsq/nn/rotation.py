@@ -12,10 +12,10 @@ __all__ = ["OnlineHadamard", "RotatedLinear"]
 
 
 class OnlineHadamard(nn.Module):
-    """``x @ R`` with ``R = kron(H, I_inner)``, ``H`` the orthonormal (block-diagonal) Hadamard matrix of a plan.
+    """``x @ R``, ``R = kron(H, I_inner)`` with the orthonormal (block-diagonal) Hadamard matrix ``H`` of a plan.
 
-    ``inner = 1`` rotates the channels themselves (R4); ``inner = head_dim`` rotates the index of the heads of
-    o_proj's input. The matrix is derived from the plan, so nothing is stored in a checkpoint.
+    ``inner = 1`` rotates the channels themselves (R4); ``inner = head_dim`` rotates the index of the heads
+    of o_proj's input. The matrix is derived from the plan, so nothing is stored in a checkpoint.
     """
 
     def __init__(self, plan: HadamardPlan, inner: int = 1) -> None:
@@ -56,12 +56,12 @@ class RotatedLinear(nn.Module):
         self.linear = linear
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The folded weight ``[out, in]``."""
         return self.linear.weight
 
     @property
-    def bias(self) -> nn.Parameter | None:
+    def bias(self) -> Tensor | None:
         """The bias ``[out]`` or None."""
         return self.linear.bias
 

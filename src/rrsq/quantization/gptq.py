@@ -35,7 +35,7 @@ class HessianFactor:
 
 @dataclass(frozen=True)
 class GPTQResult:
-    """Codes of a weight, int8 ``[out, in]``, and whether GPTQ made them (else they are rounded to nearest)."""
+    """Codes of a weight, int8 ``[out, in]``, and whether GPTQ made them (else they are the nearest ones)."""
 
     codes: Tensor
     used_gptq: bool

@@ -1,7 +1,7 @@
 """The INT4 grid of a weight: per-row scales and integer group multipliers, chosen before any rounding.
 
-A weight element in row ``n`` and group ``g`` has the step ``scale[n] * multiplier[n, g]``; fixing the steps up
-front lets GPTQ visit the channels in any order without moving a channel out of its group.
+A weight element in row ``n`` and group ``g`` has the step ``scale[n] * multiplier[n, g]``; fixing the steps
+up front lets GPTQ visit the channels in any order without moving a channel out of its group.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantizing a model: rotate, calibrate and quantize one decoder layer after the other, in the order they run.
+"""Quantizing a model: rotate, calibrate and quantize one decoder layer after the other, in running order.
 
 Each layer is moved to the compute device in float32, rotated, observed once on the outputs of the already
 quantized layers before it (Hessians, magnitudes, means), quantized, and run once more to make the next
@@ -155,7 +155,9 @@ class _Run:
         if hidden is not None:
             with_hessian = self.recipe.weights.method == "gptq"
             with (
-                collect_inputs(layer, self.family.inputs, self.device, with_hessian=with_hessian) as statistics,
+                collect_inputs(
+                    layer, self.family.inputs, self.device, with_hessian=with_hessian
+                ) as statistics,
                 collect_means(self._projections(layer)) as means,
             ):
                 reference = hidden.observe(layer, lambda: self._step(f"{name}: statistics"))
@@ -219,8 +221,8 @@ class _Run:
         if quantized.fell_back:
             report.fallbacks.append(entry.name)
             warnings.warn(
-                f"Layer {report.index}, input '{entry.name}': the Hessian could not be factored even with 1000 times"
-                " the damping; its weights were rounded to nearest.",
+                f"Layer {report.index}, input '{entry.name}': the Hessian could not be factored even with 1000"
+                " times the damping; its weights were rounded to nearest.",
                 stacklevel=2,
             )
 
@@ -236,7 +238,7 @@ class _Run:
         cache = self.recipe.kv_cache
         if cache is None:
             return []
-        bits = [cache.keys.bits] * len(self.layers)
+        bits: list[int] = [cache.keys.bits] * len(self.layers)
         worst = sorted(self.report.layers, key=lambda layer: -(layer.cache_error or 0.0))
         for layer in worst[: cache.sensitive_layers]:
             bits[layer.index] = SENSITIVE_KEY_BITS
@@ -270,8 +272,8 @@ def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise NonFiniteError(
-                f"The weight '{name}' holds NaN or Inf. The model is damaged or overflowed when it was converted;"
-                " get it again, or convert it from its original precision."
+                f"The weight '{name}' holds NaN or Inf. The model is damaged or overflowed when it was"
+                " converted; get it again, or convert it from its original precision."
             )
 
 

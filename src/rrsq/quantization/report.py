@@ -14,10 +14,10 @@ class LayerReport:
 
     Attributes:
         index: position in the model.
-        output_snr_db: signal over error of the layer's output on calibration text, in dB, quantized against full
-            precision on the same inputs; None when the recipe needs no calibration.
-        cache_error: relative error of the attention output that the quantized KV cache alone causes; None without
-            a quantized cache.
+        output_snr_db: signal over error of the layer's output on calibration text, in dB, quantized against
+            full precision on the same inputs; None when the recipe needs no calibration.
+        cache_error: relative error of the attention output that the quantized KV cache alone causes; None
+            without a quantized cache.
         fallbacks: inputs whose weights were rounded to nearest because GPTQ could not be used.
         seconds: time spent.
     """

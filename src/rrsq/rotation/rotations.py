@@ -17,7 +17,7 @@ __all__ = ["RandomizedHadamard", "Rotations", "make_rotations"]
 
 @dataclass(frozen=True)
 class RandomizedHadamard:
-    """The orthogonal matrix ``diag(signs) · H``, ``H`` the (block-diagonal) orthonormal Hadamard matrix of ``plan``.
+    """The orthogonal matrix ``diag(signs) · H`` with the orthonormal (block-diagonal) Hadamard matrix ``H``.
 
     Attributes:
         signs: float64 ``[size]`` of ±1.
@@ -49,7 +49,7 @@ class Rotations:
     intermediate: HadamardPlan | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Plain data for ``config.json``: per rotation the size, the block and the order of its dense base."""
+        """Plain data for ``config.json``: of each rotation the size, the block and the order of its base."""
 
         def plan(p: HadamardPlan | None) -> dict[str, int] | None:
             return None if p is None else {"size": p.size, "block": p.block, "base": p.base}
@@ -75,8 +75,8 @@ def make_rotations(recipe: Rotation | None, sizes: ModelSizes, seed: int) -> Rot
         seed: of the random signs of R1 and R2.
 
     Returns:
-        The rotations. The rotation across heads is left out where no Hadamard matrix of order ``heads`` exists
-        (9 or 14 heads, for example); R1, R2 and R4 fall back to block-diagonal matrices, which
+        The rotations. The rotation across heads is left out where no Hadamard matrix of order ``heads``
+        exists (9 or 14 heads, for example); R1, R2 and R4 fall back to block-diagonal matrices, which
         :meth:`Rotations.describe` shows.
     """
     if recipe is None:

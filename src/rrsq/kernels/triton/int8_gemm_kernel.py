@@ -75,48 +75,6 @@ def int8_gemm_kernel(
     tl.store(out_pointer + offset, y.to(out_pointer.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _descriptor_tile(
-    tile,
-    operand_descriptor,
-    scale_pointer,
-    weight_descriptor,
-    weight_scale_pointer,
-    bias_pointer,
-    out_target,
-    tokens,
-    out_features,
-    in_features,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    GROUP_TILES: tl.constexpr,
-    STORE_DESCRIPTOR: tl.constexpr,
-):
-    tiles_token = tl.cdiv(tokens, BLOCK_TOKENS)
-    tiles_out = tl.cdiv(out_features, BLOCK_OUT)
-    tile_token, tile_out = _tile_position(tile, tiles_token, tiles_out, GROUP_TILES)
-    first_token = tile_token * BLOCK_TOKENS
-    first_out = tile_out * BLOCK_OUT
-    accumulator = tl.zeros([BLOCK_TOKENS, BLOCK_OUT], tl.int32)
-    for step in range(tl.cdiv(in_features, BLOCK_IN)):
-        x = operand_descriptor.load([first_token, step * BLOCK_IN])
-        w = weight_descriptor.load([first_out, step * BLOCK_IN])
-        accumulator = tl.dot(x, w.T, accumulator, out_dtype=tl.int32)
-    token = first_token + tl.arange(0, BLOCK_TOKENS)
-    out = first_out + tl.arange(0, BLOCK_OUT)
-    y = _epilogue(
-        accumulator, scale_pointer, weight_scale_pointer, bias_pointer, token, out, tokens, out_features, HAS_BIAS
-    )
-    if STORE_DESCRIPTOR:
-        out_target.store([first_token, first_out], y.to(out_target.dtype))
-    else:
-        offset = token.to(tl.int64)[:, None] * out_features + out[None, :]
-        mask = (token < tokens)[:, None] & (out < out_features)[None, :]
-        tl.store(out_target + offset, y.to(out_target.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def int8_gemm_descriptor_kernel(
     operand_descriptor,
@@ -124,7 +82,7 @@ def int8_gemm_descriptor_kernel(
     weight_descriptor,
     weight_scale_pointer,
     bias_pointer,
-    out_target,
+    out_descriptor,
     tokens,
     out_features,
     in_features,
@@ -133,52 +91,21 @@ def int8_gemm_descriptor_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     GROUP_TILES: tl.constexpr,
-    STORE_DESCRIPTOR: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):
-    """The same through the tensor memory accelerator.
-
-    ``PROGRAMS`` > 0: persistent, so many programs take turns, with ``WARP_SPECIALIZE`` in separate loading and
-    multiplying warps. ``out_target``: a descriptor with ``STORE_DESCRIPTOR``, else a pointer.
-    """
-    if PROGRAMS > 0:
-        tiles = tl.cdiv(tokens, BLOCK_TOKENS) * tl.cdiv(out_features, BLOCK_OUT)
-        for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, warp_specialize=WARP_SPECIALIZE):
-            _descriptor_tile(
-                tile,
-                operand_descriptor,
-                scale_pointer,
-                weight_descriptor,
-                weight_scale_pointer,
-                bias_pointer,
-                out_target,
-                tokens,
-                out_features,
-                in_features,
-                HAS_BIAS,
-                BLOCK_TOKENS,
-                BLOCK_OUT,
-                BLOCK_IN,
-                GROUP_TILES,
-                STORE_DESCRIPTOR,
-            )
-    else:
-        _descriptor_tile(
-            tl.program_id(0),
-            operand_descriptor,
-            scale_pointer,
-            weight_descriptor,
-            weight_scale_pointer,
-            bias_pointer,
-            out_target,
-            tokens,
-            out_features,
-            in_features,
-            HAS_BIAS,
-            BLOCK_TOKENS,
-            BLOCK_OUT,
-            BLOCK_IN,
-            GROUP_TILES,
-            STORE_DESCRIPTOR,
-        )
+    """The same through the tensor memory accelerator, which also fills what lies outside with zeros."""
+    tiles_token = tl.cdiv(tokens, BLOCK_TOKENS)
+    tiles_out = tl.cdiv(out_features, BLOCK_OUT)
+    tile_token, tile_out = _tile_position(tl.program_id(0), tiles_token, tiles_out, GROUP_TILES)
+    first_token = tile_token * BLOCK_TOKENS
+    first_out = tile_out * BLOCK_OUT
+    accumulator = tl.zeros([BLOCK_TOKENS, BLOCK_OUT], tl.int32)
+    for start in range(0, in_features, BLOCK_IN):
+        x = operand_descriptor.load([first_token, start])
+        w = weight_descriptor.load([first_out, start])
+        accumulator = tl.dot(x, w.T, accumulator, out_dtype=tl.int32)
+    token = first_token + tl.arange(0, BLOCK_TOKENS)
+    out = first_out + tl.arange(0, BLOCK_OUT)
+    y = _epilogue(
+        accumulator, scale_pointer, weight_scale_pointer, bias_pointer, token, out, tokens, out_features, HAS_BIAS
+    )
+    out_descriptor.store([first_token, first_out], y.to(out_descriptor.dtype))

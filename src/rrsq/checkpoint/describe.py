@@ -1,0 +1,66 @@
+"""A checkpoint in words, one line a subject: for the model card and ``rrsq inspect``."""
+
+from __future__ import annotations
+
+from .format import CheckpointInfo
+
+__all__ = [
+    "describe_activations",
+    "describe_cache",
+    "describe_calibration",
+    "describe_rotation",
+    "describe_weights",
+]
+
+
+def describe_weights(info: CheckpointInfo) -> str:
+    """Bits, method and groups of the weights."""
+    weights = info.recipe.weights
+    groups = "one scale a row"
+    if weights.group_size is not None:
+        groups = f"groups of up to {weights.group_size} with integer multipliers"
+    return f"INT{weights.bits}, {weights.method.upper()}, {groups}"
+
+
+def describe_activations(info: CheckpointInfo) -> str:
+    """Bits and smoothing of the activations."""
+    activations = info.recipe.activations
+    if activations.bits == 16:
+        return "16 bits"
+    smoothing = activations.smoothing
+    if smoothing is None:
+        return f"INT{activations.bits}, one scale a token"
+    fold = "integer-folded scales" if smoothing.fold == "integer" else "real scales"
+    return (
+        f"INT{activations.bits}, runtime smoothing of {smoothing.scope} scope, groups of up to"
+        f" {smoothing.group_size}, {fold}"
+    )
+
+
+def describe_cache(info: CheckpointInfo) -> str:
+    """Bits of cached keys and values."""
+    cache = info.recipe.kv_cache
+    if cache is None:
+        return "16 bits"
+    wide = [index for index, bits in enumerate(info.key_bits) if bits != cache.keys.bits]
+    text = f"INT{cache.keys.bits} keys, INT{cache.values.bits} values"
+    return f"{text}; 8-bit keys in layers {', '.join(map(str, wide))}" if wide else text
+
+
+def describe_rotation(info: CheckpointInfo) -> str:
+    """The rotations and their sizes."""
+    found = {name: plan for name, plan in info.rotation if plan is not None}
+    if not found:
+        return "none"
+    return "; ".join(
+        f"{name.replace('_', ' ')} ({plan.size}{'' if plan.block == plan.size else f', blocks of {plan.block}'})"
+        for name, plan in found.items()
+    )
+
+
+def describe_calibration(info: CheckpointInfo) -> str:
+    """The calibration text."""
+    calibration = info.calibration
+    if calibration is None:
+        return "none needed"
+    return f"{calibration.num_samples} windows of {calibration.sequence_length} tokens of {calibration.source}"

@@ -1,0 +1,57 @@
+"""``rrsq generate``: let a model continue a prompt."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from rrsq.cli.console import examples, quiet_libraries
+from rrsq.cli.options import HARDWARE, Device, DeviceName, resolve_device
+
+__all__ = ["EXAMPLES", "generate"]
+
+EXAMPLES = examples(
+    'rrsq generate out/ "The capital of France is"', 'rrsq generate out/ "Write a haiku." --chat'
+)
+
+
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint, a Hugging Face folder, or a Hub id.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token each time; higher is more varied.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    device: Device = DeviceName.AUTO,
+) -> None:
+    """Continue a prompt; the text appears as it is generated."""
+    import torch
+    from transformers import TextStreamer
+
+    from rrsq.checkpoint.loading import load_model, load_tokenizer
+    from rrsq.errors import UsageError
+
+    device_name = resolve_device(device)
+    quiet_libraries()
+    tokenizer: Any = load_tokenizer(model)
+    if chat and not tokenizer.chat_template:
+        raise UsageError(f"'{model}' has no chat template. Leave out --chat.")
+    loaded: Any = load_model(model, device=device_name)
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    torch.manual_seed(seed)
+    loaded.generate(
+        **{key: value.to(loaded.device) for key, value in inputs.items() if key != "token_type_ids"},
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True),
+        **sampling,
+    )

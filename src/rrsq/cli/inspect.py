@@ -1,0 +1,90 @@
+"""``rrsq inspect``: what is in a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from rrsq.cli.console import examples, human_bytes, stdout
+from rrsq.errors import CheckpointError, ModelLoadError
+
+if TYPE_CHECKING:
+    from rrsq.checkpoint.format import CheckpointInfo
+
+__all__ = ["EXAMPLES", "inspect"]
+
+EXAMPLES = examples("rrsq inspect out/", "rrsq inspect out/ --layers")
+
+
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an rrsq checkpoint.")],
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also list each layer's output signal-to-noise ratio.")
+    ] = False,
+) -> None:
+    """Print what is in a checkpoint: recipe, rotations, sizes, how it was calibrated.
+
+    Only headers are read, so it answers at once whatever the model's size.
+    """
+    import json
+
+    from rrsq.checkpoint.contents import checkpoint_contents
+    from rrsq.checkpoint.format import parse_info
+    from rrsq.checkpoint.loading import is_checkpoint
+
+    if not (checkpoint / "config.json").is_file():
+        raise ModelLoadError(f"'{checkpoint}' is no checkpoint: there is no config.json in it.")
+    if not is_checkpoint(str(checkpoint)):
+        raise CheckpointError(f"'{checkpoint}' is a model, but none that rrsq quantized.")
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    info = parse_info(config["quantization_config"])
+    stdout.print(_overview(checkpoint, config, info))
+    stdout.print(_tensors(checkpoint_contents(checkpoint)))
+    if layers:
+        stdout.print(_layers(info))
+
+
+def _overview(checkpoint: Path, config: dict[str, Any], info: CheckpointInfo) -> Table:
+    from rrsq.checkpoint.describe import describe_activations, describe_cache, describe_calibration
+    from rrsq.checkpoint.describe import describe_rotation, describe_weights
+
+    table = Table(title=str(checkpoint), show_header=False, title_justify="left")
+    table.add_row("source", info.source_model)
+    table.add_row("architecture", f"{config.get('model_type')}, {config.get('num_hidden_layers')} layers")
+    table.add_row("recipe", info.recipe.name)
+    table.add_row("weights", describe_weights(info))
+    table.add_row("activations", describe_activations(info))
+    table.add_row("KV cache", describe_cache(info))
+    table.add_row("rotation", describe_rotation(info))
+    table.add_row("calibration", describe_calibration(info))
+    table.add_row("seed", str(info.seed))
+    table.add_row("made with", ", ".join(f"{name} {number}" for name, number in info.versions.items()))
+    table.add_row("format version", str(info.format_version))
+    return table
+
+
+def _tensors(contents: dict[str, tuple[int, int, int]]) -> Table:
+    table = Table("tensors", "count", "size", "bits per weight", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind, (count, size, weights) in contents.items():
+        bits = f"{8 * size / weights:.2f}" if weights else ""
+        table.add_row(kind, str(count), human_bytes(size), bits)
+    total = sum(size for _, size, _ in contents.values())
+    table.add_row("all", str(sum(count for count, _, _ in contents.values())), human_bytes(total), "", style="bold")
+    return table
+
+
+def _layers(info: CheckpointInfo) -> Table:
+    table = Table("layer", "output SNR (dB)", "key bits")
+    for column in table.columns:
+        column.justify = "right"
+    count = max(len(info.layer_snr_db), len(info.key_bits))
+    for index in range(count):
+        snr = info.layer_snr_db[index] if index < len(info.layer_snr_db) else None
+        bits = info.key_bits[index] if index < len(info.key_bits) else 16
+        table.add_row(str(index), "" if snr is None else f"{snr:.1f}", str(bits))
+    return table
