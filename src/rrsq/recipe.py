@@ -54,7 +54,9 @@ class Rotation(_Part):
 class Weights(_Part):
     """How weights become INT4 codes."""
 
-    bits: Literal[4] = 4
+    bits: Literal[4, 16] = Field(
+        default=4, description="16 leaves the weights as they are: only the KV cache is quantized"
+    )
     method: Literal["gptq", "rtn"] = "gptq"
     group_size: int | None = Field(
         default=None, ge=2, description="channels an integer multiplier (1..15) covers; null: one scale a row"
@@ -149,6 +151,12 @@ class Recipe(_Part):
     weights: Weights = Weights()
     activations: Activations = Activations()
     kv_cache: KVCache | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.weights.bits == 16 and (self.activations.bits != 16 or self.rotation is not None):
+            raise ValueError("weights.bits: 16 needs activations.bits: 16 and rotation: null")
+        return self
 
     @field_validator("name")
     @classmethod

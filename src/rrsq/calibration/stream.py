@@ -36,11 +36,13 @@ class HiddenStates:
     ) -> None:
         self.device = device
         batch = max(1, batch_tokens // windows.shape[1])
-        embedding = model.get_submodule(family.embedding)
+        embedding: Any = model.get_submodule(family.embedding)
         with torch.inference_mode():
             parts = windows.to(embedding.weight.device).split(batch)
             self.batches = [embedding(part).float().cpu() for part in parts]
         self._rotary = model.get_submodule(family.rotary)
+        # Other attention implementations are causal by themselves when they get no mask.
+        self._needs_mask = getattr(model.config, "_attn_implementation", None) == "eager"
 
     def run(self, layer: nn.Module, batch: Tensor) -> Tensor:
         """The layer's output for one batch ``[samples, tokens, hidden]``, on the device."""
@@ -49,7 +51,7 @@ class HiddenStates:
         angles = self._rotary.to(self.device)(hidden, position_ids=positions)
         output: Any = layer(
             hidden,
-            attention_mask=None,
+            attention_mask=_causal_mask(hidden) if self._needs_mask else None,
             position_ids=positions,
             past_key_values=None,
             use_cache=False,
@@ -75,6 +77,12 @@ class HiddenStates:
                 self.batches[i] = self.run(layer, batch).cpu()
                 on_batch()
         return self.batches[0].to(self.device)
+
+
+def _causal_mask(hidden: Tensor) -> Tensor:
+    """What is added to attention scores: ``[1, 1, tokens, tokens]``, minus infinity above the diagonal."""
+    tokens = hidden.shape[1]
+    return torch.full((1, 1, tokens, tokens), -torch.inf, dtype=hidden.dtype, device=hidden.device).triu(1)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ def checkpoint_contents(folder: Path) -> dict[str, tuple[int, int, int]]:
         folder: with safetensors shards.
 
     Returns:
-        By kind (``INT4 linears``, ``embedding and head``, ``other``): tensors, bytes, and weights they stand for.
+        By kind (``INT4 linears``, ``embedding and head``, ``other``): tensors, bytes, and weights they stand
+        for.
 
     Raises:
         CheckpointError: there is no shard, or one is damaged.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .format import CheckpointInfo
+from .format import CheckpointInfo, PlanInfo
 
 __all__ = [
     "describe_activations",
@@ -16,6 +16,8 @@ __all__ = [
 def describe_weights(info: CheckpointInfo) -> str:
     """Bits, method and groups of the weights."""
     weights = info.recipe.weights
+    if weights.bits == 16:
+        return "16 bits"
     groups = "one scale a row"
     if weights.group_size is not None:
         groups = f"groups of up to {weights.group_size} with integer multipliers"
@@ -52,10 +54,11 @@ def describe_rotation(info: CheckpointInfo) -> str:
     found = {name: plan for name, plan in info.rotation if plan is not None}
     if not found:
         return "none"
-    return "; ".join(
-        f"{name.replace('_', ' ')} ({plan.size}{'' if plan.block == plan.size else f', blocks of {plan.block}'})"
-        for name, plan in found.items()
-    )
+    return "; ".join(f"{name.replace('_', ' ')} ({_plan(plan)})" for name, plan in found.items())
+
+
+def _plan(plan: PlanInfo) -> str:
+    return str(plan.size) if plan.block == plan.size else f"{plan.size}, blocks of {plan.block}"
 
 
 def describe_calibration(info: CheckpointInfo) -> str:
@@ -63,4 +66,6 @@ def describe_calibration(info: CheckpointInfo) -> str:
     calibration = info.calibration
     if calibration is None:
         return "none needed"
-    return f"{calibration.num_samples} windows of {calibration.sequence_length} tokens of {calibration.source}"
+    return (
+        f"{calibration.num_samples} windows of {calibration.sequence_length} tokens of {calibration.source}"
+    )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, HadamardOrderError
 from ..recipe import Recipe
 from ..rotation.hadamard import HadamardPlan
 from ..rotation.rotations import RandomizedHadamard, Rotations
@@ -39,15 +39,12 @@ class PlanInfo(_Part):
         """The plan to build the matrix from.
 
         Raises:
-            CheckpointError: the sizes do not fit each other.
+            CheckpointError: the sizes do not fit each other, or no matrix of order ``base`` is known.
         """
-        power, rest = divmod(self.block, self.base)
-        if self.size % self.block or rest or power & (power - 1):
-            raise CheckpointError(
-                f"The checkpoint describes an impossible rotation: size {self.size}, block {self.block},"
-                f" base {self.base}."
-            )
-        return HadamardPlan(self.size, self.block, self.base)
+        try:
+            return HadamardPlan(self.size, self.block, self.base)
+        except HadamardOrderError as error:
+            raise CheckpointError(f"The checkpoint describes an impossible rotation: {error}.") from error
 
 
 class RotationInfo(_Part):

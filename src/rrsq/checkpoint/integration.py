@@ -66,7 +66,7 @@ def assemble_model(model: Any, info: CheckpointInfo) -> nn.Module:
     sizes = ModelSizes.from_config(model.config)
     rotations = info.rotation.rotations()
     for index, layer in enumerate(model.get_submodule(family.layers)):
-        for entry in family.inputs:
+        for entry in family.inputs if info.recipe.weights.bits == 4 else ():
             quantize_input_modules(layer, entry, info.recipe, rotations, sizes)
         if info.recipe.kv_cache is not None:
             rotary = model.get_submodule(family.rotary)

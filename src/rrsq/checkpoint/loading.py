@@ -106,6 +106,8 @@ def load_model(
         raise
     except Exception as error:
         raise _explain(error, path, "model") from error
+    if "gguf_file" in options:
+        _forget_gguf(model)
     return model.to(device).eval()
 
 
@@ -122,6 +124,14 @@ def load_tokenizer(path: str, data_root: Path | str | None = None) -> PreTrained
         return AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:
         raise _explain(error, path, "tokenizer") from error
+
+
+def _forget_gguf(model: Any) -> None:
+    """A GGUF file is dequantized as it is loaded; without its mark the model can be saved like any other."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def _explain(error: Exception, path: str, what: str) -> RRSQError:

@@ -22,8 +22,11 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """The header of a safetensors file: dtype, shape and offsets of each tensor.
 
     Raises:
-        CheckpointError: the file is no safetensors file, or is shorter or longer than its header says.
+        CheckpointError: there is no such file, it is no safetensors file, or it is shorter or longer than its
+            header says.
     """
+    if not path.is_file():
+        raise CheckpointError(f"The checkpoint lacks the file '{path}'. It may not have been copied.")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -62,7 +65,8 @@ def check_shards(model: torch.nn.Module, files: Iterable[str]) -> None:
         found.update(read_header(Path(file)))
     if not found:
         return
-    expected = model.state_dict()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     missing = sorted(expected.keys() - found.keys())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -114,7 +114,9 @@ def _replace(staging: Path, out: Path) -> None:
 
 def _flush(folder: Path) -> None:
     """Have the files on the disk before the rename makes them the output."""
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
+        if not path.is_file():
+            continue
         with path.open("rb+") as file:
             os.fsync(file.fileno())
 

@@ -112,6 +112,7 @@ def show_warnings(*, debug: bool) -> None:
     warnings.showwarning = show
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def quiet_libraries() -> None:

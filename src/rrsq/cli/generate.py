@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rrsq.cli.console import examples, quiet_libraries
-from rrsq.cli.options import HARDWARE, Device, DeviceName, resolve_device
+from rrsq.cli.options import Device, DeviceName, resolve_device
 
 __all__ = ["EXAMPLES", "generate"]
 
@@ -17,14 +17,18 @@ EXAMPLES = examples(
 
 
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint, a Hugging Face folder, or a Hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint, a Hugging Face folder, or a Hub id.")
+    ],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the likeliest token each time; higher is more varied.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")
+    ] = False,
     device: Device = DeviceName.AUTO,
 ) -> None:
     """Continue a prompt; the text appears as it is generated."""

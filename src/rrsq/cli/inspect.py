@@ -48,8 +48,13 @@ def inspect(
 
 
 def _overview(checkpoint: Path, config: dict[str, Any], info: CheckpointInfo) -> Table:
-    from rrsq.checkpoint.describe import describe_activations, describe_cache, describe_calibration
-    from rrsq.checkpoint.describe import describe_rotation, describe_weights
+    from rrsq.checkpoint.describe import (
+        describe_activations,
+        describe_cache,
+        describe_calibration,
+        describe_rotation,
+        describe_weights,
+    )
 
     table = Table(title=str(checkpoint), show_header=False, title_justify="left")
     table.add_row("source", info.source_model)
@@ -74,7 +79,9 @@ def _tensors(contents: dict[str, tuple[int, int, int]]) -> Table:
         bits = f"{8 * size / weights:.2f}" if weights else ""
         table.add_row(kind, str(count), human_bytes(size), bits)
     total = sum(size for _, size, _ in contents.values())
-    table.add_row("all", str(sum(count for count, _, _ in contents.values())), human_bytes(total), "", style="bold")
+    table.add_row(
+        "all", str(sum(count for count, _, _ in contents.values())), human_bytes(total), "", style="bold"
+    )
     return table
 
 

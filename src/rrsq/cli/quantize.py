@@ -17,7 +17,8 @@ from rrsq.cli.console import (
     quiet_libraries,
     stdout,
 )
-from rrsq.cli.options import DATA, HARDWARE, OUTPUT, DataRoot, Device, DeviceName, resolve_device
+from rrsq.cli.options import DATA, OUTPUT, DataRoot, Device, DeviceName, resolve_device
+from rrsq.errors import UsageError
 
 if TYPE_CHECKING:
     from rrsq.quantization.report import QuantizationReport
@@ -41,7 +42,9 @@ def quantize(
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="OUT", help="Folder to write the checkpoint to.", rich_help_panel=OUTPUT),
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="Folder to write the checkpoint to.", rich_help_panel=OUTPUT
+        ),
     ],
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists.", rich_help_panel=OUTPUT)
@@ -52,7 +55,8 @@ def quantize(
     recipe: Annotated[
         str,
         typer.Option(
-            help="Name of a recipe ('rrsq recipes' lists them) or path of a YAML file.", rich_help_panel=RECIPE
+            help="Name of a recipe ('rrsq recipes' lists them) or path of a YAML file.",
+            rich_help_panel=RECIPE,
         ),
     ] = "rrs-w4a4kv4",
     assignments: Annotated[
@@ -126,15 +130,14 @@ def _run(
     from rrsq.calibration.text import load_documents
     from rrsq.calibration.windows import calibration_windows, data_fingerprint
     from rrsq.checkpoint.format import CalibrationInfo
-    from rrsq.checkpoint.loading import load_config, load_model, load_tokenizer
+    from rrsq.checkpoint.loading import load_model, load_tokenizer
     from rrsq.checkpoint.writer import check_output, checkpoint_info, write_checkpoint
-    from rrsq.models import family_for
     from rrsq.quantization.pipeline import needs_calibration, quantize_model
 
     check_output(output, overwrite=overwrite)
     quiet_libraries()
     device_name = resolve_device(device)
-    family_for(load_config(model_path, data_root))
+    _check_source(model_path, data_root)
     with progress_bar() as progress:
         bar = progress.add_task("tokenizer and calibration text", total=None)
         tokenizer = load_tokenizer(model_path, data_root)
@@ -158,7 +161,10 @@ def _run(
         quantized = quantize_model(model, recipe, windows, seed=seed, device=device_name, progress=show)
         progress.update(bar, description="writing the checkpoint")
         info = checkpoint_info(
-            quantized, seed=seed, source_model=model_path.rstrip("/").rsplit("/", 1)[-1], calibration=calibration
+            quantized,
+            seed=seed,
+            source_model=model_path.rstrip("/").rsplit("/", 1)[-1],
+            calibration=calibration,
         )
         write_checkpoint(
             quantized, tokenizer, info, output, overwrite=overwrite, max_shard_size=max_shard_size
@@ -166,6 +172,20 @@ def _run(
         progress.update(bar, description="done")
     stdout.print(_summary(recipe, output, quantized.report))
     print_note(f"Next: rrsq eval {output} --baseline {model_path}")
+
+
+def _check_source(model_path: str, data_root: Path | None) -> None:
+    """Refuse a model that cannot be quantized before anything large is read."""
+    from rrsq.checkpoint.loading import load_config
+    from rrsq.models import family_for
+
+    config = load_config(model_path, data_root)
+    family_for(config)
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method is not None and not model_path.endswith(".gguf"):
+        raise UsageError(
+            f"'{model_path}' is quantized already ({method}). Quantize the original model, in 16 or 32 bits."
+        )
 
 
 def _summary(recipe: Recipe, output: Path, report: QuantizationReport) -> Table:
@@ -178,7 +198,8 @@ def _summary(recipe: Recipe, output: Path, report: QuantizationReport) -> Table:
     if report.peak_gpu_memory is not None:
         table.add_row("peak GPU memory", human_bytes(report.peak_gpu_memory))
     ranked = sorted(
-        (layer for layer in report.layers if layer.output_snr_db is not None), key=lambda layer: layer.output_snr_db or 0
+        (layer for layer in report.layers if layer.output_snr_db is not None),
+        key=lambda layer: layer.output_snr_db or 0,
     )
     if ranked:
         worst = ", ".join(f"layer {layer.index} ({layer.output_snr_db:.1f} dB)" for layer in ranked[:3])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +51,14 @@ class CacheTensorQuantizer(nn.Module):
         self.group_size = math.gcd(scheme.group_size, head_dim)
         self.rotation = OnlineHadamard(plan_hadamard(head_dim)) if scheme.rotate else None
         self.register_buffer("offset", torch.zeros(kv_heads, head_dim) if scheme.offset else None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # The offset stays float32 whatever dtype the model is cast to.
+        offset = self.offset
+        module = super()._apply(fn, recurse)
+        if offset is not None and self.offset is not None and self.offset.dtype != torch.float32:
+            self.offset = offset.to(self.offset.device)
+        return module
 
     def set_bits(self, bits: int) -> None:
         """Store ``bits`` a code from now on."""
@@ -169,6 +178,9 @@ class QuantizedCacheLayer(DynamicLayer):
     :meth:`update` stores the new tokens quantized and returns all keys and values dequantized, the new ones
     included: attention never sees a key or value that was not quantized.
     """
+
+    keys: Tensor | None
+    values: Tensor | None
 
     def __init__(self, quantizer: KVQuantizer) -> None:
         super().__init__()

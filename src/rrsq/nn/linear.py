@@ -135,6 +135,10 @@ class QuantizedLinear(nn.Module):
             self.weight_scale = scale.to(self.weight_scale.device)
         return module
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._operand = None
+        super()._load_from_state_dict(*args, **kwargs)
+
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return (

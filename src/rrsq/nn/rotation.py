@@ -12,7 +12,7 @@ __all__ = ["OnlineHadamard", "RotatedLinear"]
 
 
 class OnlineHadamard(nn.Module):
-    """``x @ R``, ``R = kron(H, I_inner)`` with the orthonormal (block-diagonal) Hadamard matrix ``H`` of a plan.
+    """``x @ R`` with ``R = kron(H, I_inner)``, ``H`` a plan's orthonormal (block-diagonal) Hadamard matrix.
 
     ``inner = 1`` rotates the channels themselves (R4); ``inner = head_dim`` rotates the index of the heads
     of o_proj's input. The matrix is derived from the plan, so nothing is stored in a checkpoint.

@@ -55,7 +55,11 @@ def needs_calibration(recipe: Recipe) -> bool:
     offsets = cache is not None and (
         "mean" in (cache.keys.offset, cache.values.offset) or cache.sensitive_layers > 0
     )
-    return recipe.weights.method == "gptq" or ordered or offsets
+    return _needs_hessian(recipe) or ordered or offsets
+
+
+def _needs_hessian(recipe: Recipe) -> bool:
+    return recipe.weights.bits == 4 and recipe.weights.method == "gptq"
 
 
 def quantize_model(
@@ -153,7 +157,7 @@ class _Run:
         means: dict[str, MeanStatistics] = {}
         reference: Tensor | None = None
         if hidden is not None:
-            with_hessian = self.recipe.weights.method == "gptq"
+            with_hessian = _needs_hessian(self.recipe)
             with (
                 collect_inputs(
                     layer, self.family.inputs, self.device, with_hessian=with_hessian
@@ -164,7 +168,8 @@ class _Run:
         if self.recipe.kv_cache is not None:
             self._quantize_cache(layer, means, hidden, report)
         for entry in self.family.inputs:
-            self._quantize_input(layer, entry, statistics.get(entry.name), report)
+            if self.recipe.weights.bits == 4:
+                self._quantize_input(layer, entry, statistics.get(entry.name), report)
             self._step(f"{name}: weights")
         if hidden is not None and reference is not None:
             output = hidden.advance(layer, lambda: self._step(f"{name}: outputs"))
@@ -221,8 +226,8 @@ class _Run:
         if quantized.fell_back:
             report.fallbacks.append(entry.name)
             warnings.warn(
-                f"Layer {report.index}, input '{entry.name}': the Hessian could not be factored even with 1000"
-                " times the damping; its weights were rounded to nearest.",
+                f"Layer {report.index}, input '{entry.name}': the Hessian could not be factored even with"
+                " 1000 times the damping; its weights were rounded to nearest.",
                 stacklevel=2,
             )
 

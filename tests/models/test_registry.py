@@ -1,0 +1,64 @@
+"""Families and the sizes read off a configuration."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+
+from rrsq.errors import UnsupportedArchitectureError
+from rrsq.models import ModelFamily, ModelSizes, families, family_for, register_family, registry
+from rrsq.models.llama import LLAMA_INPUTS
+
+
+def test_llama_and_qwen2_are_known() -> None:
+    assert {"llama", "qwen2"} <= {family.model_type for family in families()}
+    assert family_for(LlamaConfig()).architecture == "LlamaForCausalLM"
+    assert family_for(Qwen2Config()).architecture == "Qwen2ForCausalLM"
+
+
+@pytest.mark.parametrize("config", [GPT2Config(), SimpleNamespace(), SimpleNamespace(model_type="mamba")])
+def test_an_unsupported_architecture_lists_the_supported(config: object) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match="is not supported") as caught:
+        family_for(config)
+    assert all(family.model_type in str(caught.value) for family in families())
+    assert caught.value.exit_code == 2
+
+
+def test_sliding_window_attention_is_refused() -> None:
+    config = Qwen2Config(use_sliding_window=True, sliding_window=64, max_window_layers=0)
+    with pytest.raises(UnsupportedArchitectureError, match="sliding-window"):
+        family_for(config)
+
+
+def test_a_family_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+    config = MistralConfig(sliding_window=None)
+    added = register_family(ModelFamily("mistral", "MistralForCausalLM", LLAMA_INPUTS))
+    assert family_for(config) is added
+    assert added in families()
+
+
+def test_sizes_do_not_assume_that_heads_fill_the_hidden_size() -> None:
+    config = LlamaConfig(
+        hidden_size=96, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+    )
+    sizes = ModelSizes.from_config(config)
+    assert (sizes.heads, sizes.kv_heads, sizes.head_dim) == (4, 2, 16)
+    assert [sizes.channels(name) for name in ("qkv", "o", "gate_up", "down")] == [96, 64, 96, 160]
+
+
+def test_sizes_without_head_dim_in_the_configuration() -> None:
+    config = Qwen2Config(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
+    sizes = ModelSizes.from_config(config)
+    assert (sizes.head_dim, sizes.kv_heads) == (16, 2)
+
+
+def test_inputs_are_found_by_name_and_cover_every_linear() -> None:
+    family = family_for(LlamaConfig())
+    assert [family.input(name).name for name in ("qkv", "o", "gate_up", "down")] == [
+        entry.name for entry in family.inputs
+    ]
+    linears = [name for entry in family.inputs for name in entry.linears]
+    assert len(linears) == len(set(linears)) == 7
