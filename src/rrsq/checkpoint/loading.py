@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["is_checkpoint", "load_config", "load_model", "load_tokenizer", "locate_model"]
 
 
+_LEAST_VOCABULARY = 16
+
+
 def locate_model(path: str, data_root: Path | str | None = None) -> tuple[str, dict[str, Any]]:
     """What to give to ``from_pretrained``: a folder or Hub id, and ``gguf_file`` for a GGUF file.
 
@@ -121,9 +124,13 @@ def load_tokenizer(path: str, data_root: Path | str | None = None) -> PreTrained
 
     name, options = locate_model(path, data_root)
     try:
-        return AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:
         raise _explain(error, path, "tokenizer") from error
+    # Without any tokenizer file transformers makes one that knows only a few special tokens.
+    if len(tokenizer) < _LEAST_VOCABULARY:
+        raise _no_tokenizer(path, f"it knows only {len(tokenizer)} tokens")
+    return tokenizer
 
 
 def _forget_gguf(model: Any) -> None:
@@ -141,15 +148,12 @@ def _explain(error: Exception, path: str, what: str) -> RRSQError:
     reason = _first_line(error)
     if Path(path).is_dir():
         if what == "tokenizer":
-            return ModelLoadError(
-                f"The folder '{path}' has no usable tokenizer ({reason}). Copy tokenizer.json and"
-                " tokenizer_config.json of the original model into it."
-            )
+            return _no_tokenizer(path, reason)
         if is_checkpoint(path):
-            return CheckpointError(f"The checkpoint '{path}' cannot be loaded: {reason}")
-        return ModelLoadError(f"The {what} in '{path}' cannot be loaded: {reason}")
+            return CheckpointError(f"The checkpoint '{path}' cannot be loaded: {reason}.")
+        return ModelLoadError(f"The {what} in '{path}' cannot be loaded: {reason}.")
     if Path(path).exists():
-        return ModelLoadError(f"The {what} of '{path}' cannot be loaded: {reason}")
+        return ModelLoadError(f"The {what} of '{path}' cannot be loaded: {reason}.")
     if _missing_on_hub(error):
         return ModelLoadError(
             f"There is no model '{path}', neither as a local folder nor on the Hugging Face Hub (or it is"
@@ -159,6 +163,13 @@ def _explain(error: Exception, path: str, what: str) -> RRSQError:
         f"The {what} of '{path}' is not on this machine and the Hugging Face Hub cannot be reached"
         f" ({reason}). Give a local folder, or name with --data-root or RRSQ_DATA_ROOT a folder laid out like"
         f" the Hub that holds '{path}/config.json'."
+    )
+
+
+def _no_tokenizer(path: str, reason: str) -> ModelLoadError:
+    return ModelLoadError(
+        f"'{path}' has no usable tokenizer ({reason}). Copy tokenizer.json and tokenizer_config.json of the"
+        " original model into its folder."
     )
 
 
@@ -173,4 +184,4 @@ def _missing_on_hub(error: BaseException | None) -> bool:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else "no message"
-    return f"{type(error).__name__}: {text[:300]}"
+    return text[:300].rstrip(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ..errors import OutputExistsError, RRSQError, StorageError
 from ..quantization.pipeline import QuantizedModel
@@ -82,6 +85,7 @@ def write_checkpoint(
     model: Any = quantized.model
     model.config.quantization_config = info.model_dump(mode="json")
     staging = _staging(out)
+    _remove_abandoned(out)
     try:
         with _storage_errors(out):
             staging.mkdir()
@@ -96,6 +100,14 @@ def write_checkpoint(
 
 def _staging(out: Path) -> Path:
     return out.absolute().parent / f".{out.absolute().name}.partial-{os.getpid()}"
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove staging folders of runs that were killed: those whose process is no more."""
+    for folder in out.absolute().parent.glob(f".{glob.escape(out.absolute().name)}.partial-*"):
+        number = folder.name.rsplit("-", 1)[-1]
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _replace(staging: Path, out: Path) -> None:

@@ -119,10 +119,8 @@ class _Run:
         self.report = QuantizationReport(bytes_before=weight_bytes(model))
         self.memory = PeakMemory(device)
         self.layers: Any = model.get_submodule(self.family.layers)
-        passes = 2 if windows is not None else 0
         self.steps = 0
-        self.batches = 0
-        self.total_steps = passes
+        self.total_steps = 0
 
     def execute(self) -> QuantizedModel:
         started = time.perf_counter()
@@ -133,8 +131,8 @@ class _Run:
         hidden = None
         if self.windows is not None:
             hidden = HiddenStates(self.model, self.family, self.windows, self.device)
-            self.batches = len(hidden.batches)
-        self.total_steps = len(self.layers) * (2 * self.batches + len(self.family.inputs))
+        batches = 0 if hidden is None else len(hidden.batches)
+        self.total_steps = len(self.layers) * (2 * batches + len(self.family.inputs))
         for index, layer in enumerate(self.layers):
             self._quantize_layer(index, layer, hidden)
         fold_head(self.model, self.family, self.rotations)
