@@ -131,6 +131,11 @@ class CacheTensor(_Part):
         description="mean: the calibrated mean, for keys before RoPE, is taken off and put back",
     )
 
+    @property
+    def bits_per_entry(self) -> float:
+        """Stored bits an entry costs, float16 scales and minima included, if a group fits into head_dim."""
+        return self.bits + 16 * (2 if self.zero_point else 1) / self.group_size
+
 
 class KVCache(_Part):
     """The quantized KV cache."""

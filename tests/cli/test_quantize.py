@@ -1,4 +1,4 @@
-"""``rrsq quantize``, ``inspect``, ``generate`` and ``recipes`` as a user runs them, with right and wrong input."""
+"""``rrsq quantize``, ``inspect``, ``generate`` and ``recipes`` as a user runs them, rightly and wrongly."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_quantized_folder_is_evaluated_beside_its_source(
 ) -> None:
     report = tmp_path / "report.json"
     result = rrsq(
-        "eval", checkpoint, "--baseline", tiny_qwen2_dir, "--tasks", f"text:{tiny_text_file}", "--json", report,
-        "--sequence-length", "64", "--limit", "2",
+        "eval", checkpoint, "--baseline", tiny_qwen2_dir, "--tasks", f"text:{tiny_text_file}",
+        "--json", report, "--sequence-length", "64", "--limit", "2",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     written = json.loads(report.read_text())
@@ -82,7 +82,7 @@ def test_recipes_lists_all_and_prints_one() -> None:
     assert printed["activations"]["smoothing"]["scope"] == "token"
 
 
-def test_existing_output_needs_overwrite(checkpoint: Path, tiny_qwen2_dir: Path, tiny_text_file: Path) -> None:
+def test_existing_output_is_kept(checkpoint: Path, tiny_qwen2_dir: Path, tiny_text_file: Path) -> None:
     before = (checkpoint / "config.json").read_bytes()
     arguments = ["quantize", tiny_qwen2_dir, "-o", checkpoint, "--calibration-data", tiny_text_file, *SMALL]
     assert "--overwrite" in failure(rrsq(*arguments), 2)

@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from rrsq.nn.kv_cache import CacheScheme, KVQuantizer, QuantizedCacheLayer
-from rrsq.recipe import Recipe
+from rrsq.recipe import CacheTensor, Recipe
 from rrsq.rotation.hadamard import orthonormal, plan_hadamard
 from tiny_quantized import load_tiny, logits_of, quantize_tiny, random_tokens, recipe_of
 
@@ -101,7 +101,8 @@ def test_it_really_takes_that_many_bits(bits: int, zero_point: bool) -> None:
     codes = entries * bits // 8
     scales = entries // 8 * 2 * (2 if zero_point else 1)
     assert layer.nbytes == codes + scales
-    assert layer.nbytes * 8 / entries == scheme.bits_per_entry()
+    recipe = CacheTensor(bits=bits, group_size=8, zero_point=zero_point)
+    assert layer.nbytes * 8 / entries == recipe.bits_per_entry
 
 
 def test_an_offset_costs_one_integer_a_token() -> None:
@@ -270,8 +271,8 @@ def test_the_cache_is_small(model: Any) -> None:
     entries = 2 * 2 * 32 * config.num_key_value_heads * 16
     for layer in cache.layers:
         assert isinstance(layer, QuantizedCacheLayer)
-        # Codes, float16 scales of groups of 16, and the position of a token (4 bytes of two heads of 16).
-        assert layer.nbytes == entries * (4 + 16 / 16) / 8 + 2 * 32 * 4
+        # Codes, float16 scales (and minima, for keys) of groups of 16, and the positions (4 bytes a token).
+        assert layer.nbytes == entries * (4 + 16 / 16 * 3 / 2) / 8 + 2 * 32 * 4
         assert layer.nbytes < entries * 2 / 2.5
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rrsq.errors import NonFiniteError, UnsupportedArchitectureError
+from rrsq.errors import NonFiniteError, RecipeError, UnsupportedArchitectureError
 from rrsq.nn.linear import QuantizedLinear
 from rrsq.quantization import weights as weights_module
 from rrsq.quantization.memory import weight_bytes
@@ -281,3 +281,10 @@ def test_a_layer_is_calibrated_on_quantized_outputs(tiny_llama_dir: Path) -> Non
     to_quantized, to_original = (float((offset - mean).norm() / mean.norm()) for mean in means)
     assert to_quantized < 1e-4
     assert to_original > 100 * to_quantized
+
+
+def test_key_offsets_are_refused_where_angles_change_with_length(tiny_qwen2_dir: Path) -> None:
+    model = load_tiny(tiny_qwen2_dir)
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "dynamic"}
+    with pytest.raises(RecipeError, match=r"kv_cache\.keys\.offset=none"):
+        quantize_model(model, recipe_of("rrs-w4a4kv4", []), random_tokens(1, 8, seed=0))

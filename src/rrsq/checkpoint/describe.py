@@ -45,7 +45,11 @@ def describe_cache(info: CheckpointInfo) -> str:
     if cache is None:
         return "16 bits"
     wide = [index for index, bits in enumerate(info.key_bits) if bits != cache.keys.bits]
-    text = f"INT{cache.keys.bits} keys, INT{cache.values.bits} values"
+    keys, values = cache.keys, cache.values
+    text = (
+        f"INT{keys.bits} keys ({keys.bits_per_entry:g} bits with scales),"
+        f" INT{values.bits} values ({values.bits_per_entry:g})"
+    )
     return f"{text}; 8-bit keys in layers {', '.join(map(str, wide))}" if wide else text
 
 

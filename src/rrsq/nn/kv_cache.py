@@ -35,10 +35,6 @@ class CacheScheme:
     rotate: bool
     offset: bool
 
-    def bits_per_entry(self) -> float:
-        """Stored bits an entry of head_dim costs, scales and minima included."""
-        return self.bits + 16 * (2 if self.zero_point else 1) / self.group_size
-
 
 class CacheTensorQuantizer(nn.Module):
     """Encodes and decodes keys or values of one layer, ``[batch, kv_heads, tokens, head_dim]``."""

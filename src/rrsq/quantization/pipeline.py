@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..calibration.statistics import InputStatistics, MeanStatistics
 from ..calibration.stream import HiddenStates, collect_inputs, collect_means
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, RecipeError
 from ..models import LinearInput, ModelFamily, ModelSizes, family_for
 from ..nn.linear import QuantizedLinear
 from ..recipe import Recipe
@@ -86,8 +86,10 @@ def quantize_model(
 
     Raises:
         NonFiniteError: a weight holds NaN or Inf.
+        RecipeError: the recipe's key offsets do not go with the model's RoPE.
         UnsupportedArchitectureError: no family is known for the model.
     """
+    _check_rope(model.config, recipe)
     if windows is None and needs_calibration(recipe):
         raise ValueError(f"recipe '{recipe.name}' needs calibration windows")
     run = _Run(model, recipe, windows, seed, torch.device(device), progress)
@@ -269,6 +271,20 @@ def _attention_output(attention: nn.Module, layer: nn.Module, hidden: HiddenStat
     finally:
         handle.remove()
     return outputs[0]
+
+
+def _check_rope(config: Any, recipe: Recipe) -> None:
+    """Refuse key offsets where a position's angles change as the text grows: they could not be put back."""
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if (
+        recipe.kv_cache is not None
+        and recipe.kv_cache.keys.offset != "none"
+        and rope in ("dynamic", "longrope")
+    ):
+        raise RecipeError(
+            f"RoPE of type '{rope}' changes the angles of earlier tokens as the text grows, so that an offset of"
+            " the keys cannot be put back exactly. Use --set kv_cache.keys.offset=none."
+        )
 
 
 def _check_finite(model: nn.Module) -> None:
