@@ -14,6 +14,8 @@ from typing import Annotated
 import typer
 
 from rrsq import __version__
+from rrsq.cli.bench import EXAMPLES as BENCH_EXAMPLES
+from rrsq.cli.bench import bench
 from rrsq.cli.console import examples, show_warnings
 from rrsq.cli.errors import ErrorReportingGroup
 from rrsq.cli.eval import EXAMPLES as EVAL_EXAMPLES
@@ -55,6 +57,7 @@ _add("eval", evaluate, EVAL_EXAMPLES)
 _add("generate", generate, GENERATE_EXAMPLES)
 _add("inspect", inspect_checkpoint, INSPECT_EXAMPLES)
 _add("recipes", recipes, RECIPES_EXAMPLES)
+_add("bench", bench, BENCH_EXAMPLES)
 
 
 def _print_version(requested: bool) -> None:

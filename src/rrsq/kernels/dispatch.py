@@ -1,10 +1,10 @@
 """Choosing a kernel: implementations declare their constraints as data, the best capable one is taken.
 
 A :class:`Kernel` is one implementation of an operation (``linear_folded``, say) by a backend (``eager`` or
-``triton``). Its :class:`Constraints` say what it can serve. :func:`select` takes the capable kernel of the highest
-priority; :func:`explain` lists all candidates with the reasons against them. The environment variable
-``RRSQ_KERNELS`` (``eager`` or ``triton``) or the context manager :func:`use_kernels` restrict the choice to one
-backend.
+``triton``). Its :class:`Constraints` say what it can serve. :func:`select` takes the capable kernel of the
+highest priority; :func:`explain` lists all candidates with the reasons against them. The environment variable
+``RRSQ_KERNELS`` (``eager`` or ``triton``) or the context manager :func:`use_kernels` restrict the choice to
+one backend.
 """
 
 from __future__ import annotations

@@ -6,12 +6,13 @@ for its implementation when it runs, so :func:`~rrsq.kernels.dispatch.use_kernel
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import registry
+from . import fake, registry
 from .dispatch import Call, resolve
-from .eager.activation import tokens_per_set
 
 __all__ = [
     "hadamard_transform",
@@ -40,28 +41,27 @@ _library.define(
 )
 _library.define(
     "linear_group_scaled(Tensor codes, Tensor scale, Tensor group_scale, int tokens_per_set, "
-    "Tensor weight_packed, Tensor weight_scale, Tensor? weight_multiplier, Tensor? bias, ScalarType out_dtype, "
-    "Tensor? unpacked) -> Tensor"
+    "Tensor weight_packed, Tensor weight_scale, Tensor? weight_multiplier, Tensor? bias, "
+    "ScalarType out_dtype, Tensor? unpacked) -> Tensor"
 )
 _library.define(
     "linear_weight_only(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_multiplier, "
     "Tensor? bias, Tensor? unpacked) -> Tensor"
 )
 
-assert registry.OPERATIONS
 
+def rotation_sizes(
+    channels: int, base: Tensor | None, hadamard_block: int, inner: int
+) -> tuple[tuple[str, int], ...]:
+    """The sizes of a rotation that a kernel may constrain; nothing when there is no rotation.
 
-def rotation_sizes(base: Tensor | None, hadamard_block: int, inner: int) -> tuple[tuple[str, int], ...]:
-    """The sizes of a rotation that a kernel may constrain; nothing when there is no rotation."""
+    ``hadamard_rows`` and ``hadamard_columns``: a token seen as rows that need a dense product and contiguous
+    columns that Sylvester's matrix mixes (``inner`` > 1: that are not mixed).
+    """
     if base is None:
         return ()
-    order = base.shape[0]
-    return (
-        ("hadamard_base", order),
-        ("hadamard_block", hadamard_block),
-        ("hadamard_power", hadamard_block // order),
-        ("hadamard_inner", inner),
-    )
+    columns = hadamard_block // base.shape[0] if inner == 1 else inner
+    return ("hadamard_rows", channels // columns), ("hadamard_columns", columns)
 
 
 def weight_sizes(tokens: int, packed: Tensor, multiplier: Tensor | None) -> tuple[tuple[str, int], ...]:
@@ -73,10 +73,19 @@ def weight_sizes(tokens: int, packed: Tensor, multiplier: Tensor | None) -> tupl
     )
 
 
+def _run(call: Call, *arguments: object) -> Any:
+    """Run the kernel of a call with its device as the current one, where Triton launches."""
+    kernel = resolve(call)
+    if call.device.type == "cuda" and call.device.index != torch.cuda.current_device():
+        with torch.cuda.device(call.device):
+            return kernel(*arguments)
+    return kernel(*arguments)
+
+
 def _hadamard_transform(x: Tensor, base: Tensor, hadamard_block: int, inner: int) -> Tensor:
-    sizes = (("channels", x.shape[-1]), *rotation_sizes(base, hadamard_block, inner))
+    sizes = (("channels", x.shape[-1]), *rotation_sizes(x.shape[-1], base, hadamard_block, inner))
     call = Call("hadamard_transform", x.device, (("x", x.dtype),), sizes)
-    return resolve(call)(x, base, hadamard_block, inner)
+    return _run(call, x, base, hadamard_block, inner)
 
 
 def _quantize_folded(
@@ -89,9 +98,13 @@ def _quantize_folded(
     hadamard_inner: int,
 ) -> tuple[Tensor, Tensor]:
     group = () if group_size is None else (("group_size", group_size),)
-    sizes = (("channels", x.shape[1]), *group, *rotation_sizes(base, hadamard_block, hadamard_inner))
+    sizes = (
+        ("channels", x.shape[1]),
+        *group,
+        *rotation_sizes(x.shape[1], base, hadamard_block, hadamard_inner),
+    )
     call = Call("quantize_folded", x.device, (("x", x.dtype),), sizes)
-    return resolve(call)(x, bits, group_size, clip, base, hadamard_block, hadamard_inner)
+    return _run(call, x, bits, group_size, clip, base, hadamard_block, hadamard_inner)
 
 
 def _quantize_smoothed(
@@ -109,17 +122,17 @@ def _quantize_smoothed(
     sizes = (
         ("channels", x.shape[1]),
         ("group_size", group_size),
-        *rotation_sizes(base, hadamard_block, hadamard_inner),
+        *rotation_sizes(x.shape[1], base, hadamard_block, hadamard_inner),
     )
     call = Call("quantize_smoothed", x.device, (("x", x.dtype),), sizes)
-    return resolve(call)(
-        x, bits, group_size, scope, statistic, clip, channel_order, base, hadamard_block, hadamard_inner
+    return _run(
+        call, x, bits, group_size, scope, statistic, clip, channel_order, base, hadamard_block, hadamard_inner
     )
 
 
 def _weight_operand(packed: Tensor, multiplier: Tensor | None) -> Tensor:
     call = Call("weight_operand", packed.device, (), weight_sizes(1, packed, multiplier)[1:])
-    return resolve(call)(packed, multiplier)
+    return _run(call, packed, multiplier)
 
 
 def _linear_folded(
@@ -134,8 +147,8 @@ def _linear_folded(
 ) -> Tensor:
     sizes = weight_sizes(operand.shape[0], weight_packed, weight_multiplier)
     call = Call("linear_folded", operand.device, (("out_dtype", out_dtype),), sizes)
-    return resolve(call)(
-        operand, scale, weight_packed, weight_scale, weight_multiplier, bias, out_dtype, unpacked
+    return _run(
+        call, operand, scale, weight_packed, weight_scale, weight_multiplier, bias, out_dtype, unpacked
     )
 
 
@@ -154,7 +167,8 @@ def _linear_group_scaled(
     group_size = codes.shape[1] // group_scale.shape[1]
     sizes = (*weight_sizes(codes.shape[0], weight_packed, weight_multiplier), ("group_size", group_size))
     call = Call("linear_group_scaled", codes.device, (("out_dtype", out_dtype),), sizes)
-    return resolve(call)(
+    return _run(
+        call,
         codes,
         scale,
         group_scale,
@@ -178,99 +192,21 @@ def _linear_weight_only(
 ) -> Tensor:
     sizes = weight_sizes(x.shape[0], weight_packed, weight_multiplier)
     call = Call("linear_weight_only", x.device, (("x", x.dtype),), sizes)
-    return resolve(call)(x, weight_packed, weight_scale, weight_multiplier, bias, unpacked)
-
-
-def _fake_hadamard_transform(x: Tensor, base: Tensor, hadamard_block: int, inner: int) -> Tensor:
-    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _fake_quantize_folded(
-    x: Tensor,
-    bits: int,
-    group_size: int | None,
-    clip: float,
-    base: Tensor | None,
-    hadamard_block: int,
-    hadamard_inner: int,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-def _fake_quantize_smoothed(
-    x: Tensor,
-    bits: int,
-    group_size: int,
-    scope: str,
-    statistic: str,
-    clip: float,
-    channel_order: Tensor | None,
-    base: Tensor | None,
-    hadamard_block: int,
-    hadamard_inner: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, channels = x.shape
-    size = 1 if scope == "token" else tokens_per_set(scope, tokens)
-    sets = 1 if scope == "sequence" else -(-tokens // size)
-    codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(tokens, dtype=torch.float32)
-    return codes, scale, x.new_empty((sets, channels // group_size), dtype=torch.float32)
-
-
-def _fake_weight_operand(packed: Tensor, multiplier: Tensor | None) -> Tensor:
-    return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=torch.int8)
-
-
-def _fake_linear_folded(
-    operand: Tensor,
-    scale: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_multiplier: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-    unpacked: Tensor | None,
-) -> Tensor:
-    return operand.new_empty((operand.shape[0], weight_packed.shape[0]), dtype=out_dtype)
-
-
-def _fake_linear_group_scaled(
-    codes: Tensor,
-    scale: Tensor,
-    group_scale: Tensor,
-    tokens_per_set: int,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_multiplier: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-    unpacked: Tensor | None,
-) -> Tensor:
-    return codes.new_empty((codes.shape[0], weight_packed.shape[0]), dtype=out_dtype)
-
-
-def _fake_linear_weight_only(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_multiplier: Tensor | None,
-    bias: Tensor | None,
-    unpacked: Tensor | None,
-) -> Tensor:
-    return x.new_empty((x.shape[0], weight_packed.shape[0]))
+    return _run(call, x, weight_packed, weight_scale, weight_multiplier, bias, unpacked)
 
 
 for _name in registry.OPERATIONS:
     _library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rrsq::{_name}", globals()[f"_fake_{_name}"], lib=_library)
+    torch.library.register_fake(f"rrsq::{_name}", getattr(fake, _name), lib=_library)
 
 
 def hadamard_transform(x: Tensor, base: Tensor, hadamard_block: int, inner: int = 1) -> Tensor:
     """Rotate blocks of channels online: ``x @ R``, ``R`` orthonormal (QuaRot, arXiv 2404.00456, section 4).
 
-    Each run of ``hadamard_block * inner`` channels is seen as ``[hadamard_block, inner]`` and mixed over its first
-    index by ``kron(base, sylvester) / sqrt(hadamard_block)``; so ``R = kron(H, I_inner)`` in each run. ``inner`` is 1
-    for an ordinary rotation; the rotation across heads of ``o_proj``'s input has ``hadamard_block = heads`` and
-    ``inner = head_dim``.
+    Each run of ``hadamard_block * inner`` channels is seen as ``[hadamard_block, inner]`` and mixed over its
+    first index by ``kron(base, sylvester) / sqrt(hadamard_block)``; so ``R = kron(H, I_inner)`` in each run.
+    ``inner`` is 1 for an ordinary rotation; the rotation across heads of ``o_proj``'s input has
+    ``hadamard_block = heads`` and ``inner = head_dim``.
 
     Args:
         x: floating point ``[..., channels]``; ``channels`` is a multiple of ``hadamard_block * inner``.
@@ -295,8 +231,8 @@ def quantize_folded(
 ) -> tuple[Tensor, Tensor]:
     """Rotate (where ``base`` is given) and quantize each token, with integer-folded group scales.
 
-    The arithmetic is that of :func:`rrsq.kernels.eager.activation.quantize_folded` on the rotated activations;
-    on a GPU it is one pass that reads ``x`` and writes the operand.
+    The arithmetic is that of :func:`rrsq.kernels.eager.activation.quantize_folded` on the rotated
+    activations; on a GPU it is one pass that reads ``x`` and writes the operand.
 
     Args:
         x: floating point ``[tokens, channels]``.
@@ -327,8 +263,8 @@ def quantize_smoothed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate (where ``base`` is given), smooth by real group scales and quantize each token.
 
-    The arithmetic is that of :func:`rrsq.kernels.eager.activation.quantize_smoothed` (arXiv 2409.20361, section 4)
-    on the rotated activations.
+    The arithmetic is that of :func:`rrsq.kernels.eager.activation.quantize_smoothed` (arXiv 2409.20361,
+    section 4) on the rotated activations.
 
     Args:
         x: floating point ``[tokens, channels]``.
@@ -384,8 +320,9 @@ def linear_folded(
         weight_multiplier: uint8 ``[out, in/group]`` or None.
         bias: ``[out]`` or None.
         out_dtype: dtype of the result.
-        unpacked: int8 ``[out, in]`` from :func:`weight_operand`, for callers that keep it (a CPU has no faster way);
-            must equal what ``weight_packed`` and ``weight_multiplier`` unpack to. None: unpacked in the call.
+        unpacked: int8 ``[out, in]`` from :func:`weight_operand`, for callers that keep it (a CPU has no
+            faster way); must equal what ``weight_packed`` and ``weight_multiplier`` unpack to. None: unpacked
+            in the call.
 
     Returns:
         ``[tokens, out]``.
@@ -407,7 +344,8 @@ def linear_group_scaled(
     weight_multiplier: Tensor | None = None,
     unpacked: Tensor | None = None,
 ) -> Tensor:
-    """``y_in = a_i w_n Σ_g s_g Σ_{k in g} code_ik weight_nk + b_n``: the fused product of arXiv 2409.20361, section 4.
+    """``y_in = a_i w_n Σ_g s_g Σ_{k in g} code_ik weight_nk + b_n``: the fused product of arXiv 2409.20361,
+    section 4.
 
     Args:
         codes: int8 ``[tokens, in]`` from :func:`quantize_smoothed`.

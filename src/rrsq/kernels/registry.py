@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .dispatch import Constraints, Kernel, register
@@ -19,21 +21,46 @@ OPERATIONS = (
 )
 
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32})
+_TRITON = "rrsq.kernels.triton"
+_on_gpu = functools.partial(
+    Constraints, device_types=frozenset({"cuda"}), minimum_capability=(8, 0), modules=("triton",)
+)
+_activation = functools.partial(
+    _on_gpu,
+    dtypes={"x": _FLOATING},
+    at_least={"hadamard_columns": 16, "channels": 32},
+    at_most={"hadamard_rows": 256, "channels": 32768, "group_size": 2048},
+    power_of_two=frozenset({"group_size", "hadamard_columns"}),
+)
+
+_TRITON_KERNELS = (
+    ("hadamard_transform", "activation", _activation()),
+    ("quantize_folded", "activation", _activation()),
+    ("quantize_smoothed", "activation", _activation()),
+    ("weight_operand", "linear", _on_gpu()),
+    ("linear_folded", "linear", _on_gpu(dtypes={"out_dtype": _FLOATING})),
+    (
+        "linear_group_scaled",
+        "linear",
+        _on_gpu(
+            dtypes={"out_dtype": _FLOATING},
+            at_least={"group_size": 32},
+            at_most={"group_size": 256},
+            power_of_two=frozenset({"group_size"}),
+        ),
+    ),
+    ("linear_weight_only", "linear", _on_gpu(dtypes={"x": _FLOATING})),
+)
 
 
 def register_all() -> None:
     """Register every implementation that ships with rrsq."""
     for operation in OPERATIONS:
-        register(
-            Kernel(
-                operation,
-                f"eager.{operation}",
-                "eager",
-                f"rrsq.kernels.reference:{operation}",
-                Constraints(),
-                0,
-            )
-        )
+        target = f"rrsq.kernels.reference:{operation}"
+        register(Kernel(operation, f"eager.{operation}", "eager", target, Constraints(), 0))
+    for operation, module, constraints in _TRITON_KERNELS:
+        target = f"{_TRITON}.{module}:{operation}"
+        register(Kernel(operation, f"triton.{operation}", "triton", target, constraints, 10))
 
 
 register_all()

@@ -49,8 +49,8 @@ def kernel_report(
     Args:
         device: a CPU or CUDA device.
         dtype: floating-point dtype of activations and outputs.
-        sizes: replaces typical sizes (``tokens``, ``in_features``, ``out_features``, ``channels``, ``group_size``,
-            ``weight_group_size``).
+        sizes: replaces typical sizes (``tokens``, ``in_features``, ``out_features``, ``channels``,
+            ``group_size``, ``weight_group_size``).
     """
     values = _TYPICAL_SIZES | sizes
     return [_report(operation, torch.device(device), dtype, values) for operation in registry.OPERATIONS]

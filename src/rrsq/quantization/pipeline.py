@@ -282,8 +282,8 @@ def _check_rope(config: Any, recipe: Recipe) -> None:
         and rope in ("dynamic", "longrope")
     ):
         raise RecipeError(
-            f"RoPE of type '{rope}' changes the angles of earlier tokens as the text grows, so that an offset of"
-            " the keys cannot be put back exactly. Use --set kv_cache.keys.offset=none."
+            f"RoPE of type '{rope}' changes the angles of earlier tokens as the text grows, so that an"
+            " offset of the keys cannot be put back exactly. Use --set kv_cache.keys.offset=none."
         )
 
 

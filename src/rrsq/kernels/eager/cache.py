@@ -29,8 +29,8 @@ def encode_cache(
         zero_point: store the group's minimum too.
 
     Returns:
-        ``codes`` uint8 ``[..., head_dim * bits / 8]``, ``scale`` float16 ``[..., groups]`` and ``minimum`` float16
-        ``[..., groups]`` or None.
+        ``codes`` uint8 ``[..., head_dim * bits / 8]``, ``scale`` float16 ``[..., groups]`` and ``minimum``
+        float16 ``[..., groups]`` or None.
     """
     grouped = x.float().unflatten(-1, (-1, group_size))
     if zero_point:

@@ -21,7 +21,7 @@ def sylvester(order: int, dtype: torch.dtype, device: torch.device | str) -> Ten
 
 
 def hadamard_transform(x: Tensor, base: Tensor, block: int) -> Tensor:
-    """Multiply each block of channels by the orthonormal Hadamard matrix ``(base ⊗ sylvester) / sqrt(block)``.
+    """Multiply each block of channels by the orthonormal Hadamard matrix ``base ⊗ sylvester / sqrt(block)``.
 
     Row convention: the result is ``x @ R`` with ``R = kron(base, sylvester(block / k)) / sqrt(block)``, the
     same ``R`` whose transpose is folded into the weight (QuaRot, arXiv 2404.00456, section 4).

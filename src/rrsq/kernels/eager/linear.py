@@ -13,7 +13,7 @@ __all__ = ["int8_matmul", "linear_folded", "linear_group_scaled", "linear_weight
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T`` of int8 ``[m, k]`` and ``[n, k]`` in int32 ``[m, n]``, exact.
 
-    CUDA's ``torch._int_mm`` wants at least 17 rows and multiples of 8 elsewhere: zeros pad what is short of it.
+    CUDA's ``torch._int_mm`` wants at least 17 rows and multiples of 8 elsewhere: zeros pad what is short.
     """
     if a.device.type != "cuda":
         return torch._int_mm(a, b.t())

@@ -9,14 +9,15 @@ import triton
 from torch import Tensor
 
 from ..eager.activation import FOLD_MAX, TINY, code_max, tokens_per_set
+from .device import compiled, processors
 from .quantize_kernel import quantize_folded_kernel, quantize_smoothed_kernel, smoothing_statistic_kernel
-from .rotation_kernel import rotation_kernel
+from .rotation_kernel import dense_matrix_kernel, rotation_kernel
 from .rotation_shape import RotationShape, rotation_shape
 
 __all__ = ["hadamard_transform", "quantize_folded", "quantize_smoothed"]
 
 _WHOLE_ROW = 16384
-_FEW_TOKENS = 256
+_DENSE_ROWS = 8
 
 
 def _rotate(
@@ -30,11 +31,27 @@ def _rotate(
     group_size: int,
     quantize: bool,
 ) -> None:
-    rotation_kernel[(x.shape[0],)](
+    dense = base
+    if shape.dense_step < shape.dense_padded:
+        dense = torch.empty(shape.dense_padded, shape.dense_padded, dtype=x.dtype, device=x.device)
+        block = _DENSE_ROWS
+        dense_matrix_kernel[(shape.dense_padded // block,)](
+            base,
+            dense,
+            BASE=shape.base,
+            DENSE_POWER=shape.dense_power,
+            DENSE=shape.dense,
+            PADDED=shape.dense_padded,
+            BLOCK=block,
+        )
+    tokens = x.shape[0]
+    limit = {} if shape.registers is None else {"maxnreg": shape.registers}
+    rotation_kernel[(min(tokens, shape.programs * processors(x.device)),)](
         x,
-        base,
+        dense,
         out,
         scale,
+        tokens,
         factors[0],
         factors[1],
         1.0 / math.sqrt(shape.order),
@@ -45,13 +62,15 @@ def _rotate(
         DENSE_PADDED=shape.dense_padded,
         DENSE_STEP=shape.dense_step,
         FAST=shape.fast,
-        FAST_INNER=shape.fast_inner,
-        FAST_OUTER=shape.fast_outer,
+        MIX_FAST=shape.mix_fast,
         CODE_MAX=code_limit,
         GROUP=group_size,
         QUANTIZE=quantize,
         EXACT=x.dtype == torch.float32,
+        COMPILED=compiled(),
+        STAGES=shape.stages,
         num_warps=shape.warps,
+        **limit,
     )
 
 
@@ -88,8 +107,8 @@ def quantize_folded(
         _rotate(x, base.contiguous(), shape, operand, scale, factors, limit, group_size or 0, True)
         return operand, scale
     block = max(triton.next_power_of_2(channels), 64)
-    if block > _WHOLE_ROW or (block > channels and channels > 4096 and tokens > _FEW_TOKENS):
-        block = 2048
+    if block > _WHOLE_ROW:
+        block = _WHOLE_ROW // 4
     quantize_folded_kernel[(tokens,)](
         x,
         operand,

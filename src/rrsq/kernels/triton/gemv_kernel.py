@@ -1,10 +1,13 @@
-"""The product with few tokens: every weight byte is read once, products are taken by the four-way dot unit."""
+"""The product with one token: every weight byte is read once, products are taken by the four-way dot unit."""
+
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
 import triton
 import triton.language as tl
 
-__all__ = ["gemv_kernel"]
+__all__ = ["ROWS", "gemv_kernel"]
 
+ROWS = 4
 _DOT4 = tl.constexpr("dp4a.s32.s32 $0, $1, $2, 0;")
 
 
@@ -17,7 +20,6 @@ def _byte(word, index: tl.constexpr):
 def _dot4(a, b, PTX: tl.constexpr):
     """Dot product of the four int8 in each int32 of ``a`` and ``b``."""
     if PTX:
-        a, b = tl.broadcast(a, b)
         return tl.inline_asm_elementwise(_DOT4, "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
     else:
         return (
@@ -28,7 +30,30 @@ def _dot4(a, b, PTX: tl.constexpr):
         )
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
+def _step(
+    packed_pointers,
+    low_multipliers,
+    high_multipliers,
+    x_low,
+    x_high,
+    inside,
+    GROUP: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Products of one weight row with a step of the token, int32 ``[CHUNKS, CHUNK_WORDS]``."""
+    packed = tl.load(packed_pointers, mask=inside[:, None], other=0)
+    low = _dot4(((packed << 4) & -0x0F0F0F10) ^ -0x7F7F7F80, x_low, PTX)
+    high = _dot4((packed & -0x0F0F0F10) ^ -0x7F7F7F80, x_high, PTX)
+    if GROUP > 0:
+        low_multiplier = tl.load(low_multipliers, mask=inside, other=0).to(tl.int32)
+        high_multiplier = tl.load(high_multipliers, mask=inside, other=0).to(tl.int32)
+        return (low * low_multiplier[:, None] + high * high_multiplier[:, None]) >> 4
+    else:
+        return (low + high) >> 4
+
+
+@triton.jit
 def gemv_kernel(
     operand_pointer,
     scale_pointer,
@@ -37,65 +62,95 @@ def gemv_kernel(
     weight_scale_pointer,
     bias_pointer,
     out_pointer,
-    tokens,
     out_features,
     in_features,
     HALF: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK_WORDS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """``TOKENS`` rows of the result for ``BLOCK_OUT`` output channels.
+    """Four (``ROWS``) output channels of the one token.
 
     ``operand_pointer`` and ``packed_pointer`` are int32 views: four channels or four bytes a word. A chunk is
-    ``CHUNK_WORDS`` words whose low nibbles share one multiplier, and whose high nibbles do.
+    ``CHUNK_WORDS`` words whose low nibbles share one multiplier, and whose high nibbles do; a step is
+    ``CHUNKS``. The rows are written out one by one, so that each thread keeps its part of the token for all
+    of them and sums in its own registers until the end.
     """
-    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row = tl.minimum(out, out_features - 1).to(tl.int64)
-    token = tl.arange(0, TOKENS)
-    x_row = tl.minimum(token, tokens - 1)
+    first = tl.program_id(0) * 4
+    row0 = tl.minimum(first, out_features - 1).to(tl.int64)
+    row1 = tl.minimum(first + 1, out_features - 1).to(tl.int64)
+    row2 = tl.minimum(first + 2, out_features - 1).to(tl.int64)
+    row3 = tl.minimum(first + 3, out_features - 1).to(tl.int64)
+    row_words = tl.multiple_of(in_features // 8, 4)
+    groups = in_features // GROUP if GROUP > 0 else 0
     word = tl.arange(0, CHUNK_WORDS)
-    chunks = in_features // (8 * CHUNK_WORDS)
-    total = tl.zeros([TOKENS, BLOCK_OUT, CHUNKS], tl.int32)
+    chunks = row_words // CHUNK_WORDS
+    total0 = tl.zeros([CHUNKS, CHUNK_WORDS], tl.int32)
+    total1 = tl.zeros([CHUNKS, CHUNK_WORDS], tl.int32)
+    total2 = tl.zeros([CHUNKS, CHUNK_WORDS], tl.int32)
+    total3 = tl.zeros([CHUNKS, CHUNK_WORDS], tl.int32)
     for start in range(0, chunks, CHUNKS):
         chunk = start + tl.arange(0, CHUNKS)
         inside = chunk < chunks
-        packed_offset = (chunk * CHUNK_WORDS)[:, None] + word[None, :]
-        packed = tl.load(
-            packed_pointer + (row * (in_features // 8))[:, None, None] + packed_offset[None, :, :],
-            mask=inside[None, :, None],
-            other=0,
-        )
         first_byte = chunk * (4 * CHUNK_WORDS)
         channel = (first_byte // HALF) * (2 * HALF) + first_byte % HALF
-        x_offset = (channel // 4)[:, None] + word[None, :]
-        x_pointers = operand_pointer + (x_row * (in_features // 4))[:, None, None] + x_offset[None, :, :]
-        x_low = tl.load(x_pointers, mask=inside[None, :, None], other=0)
-        x_high = tl.load(x_pointers + HALF // 4, mask=inside[None, :, None], other=0)
-        low = ((packed << 4) & -0x0F0F0F10) ^ -0x7F7F7F80
-        high = (packed & -0x0F0F0F10) ^ -0x7F7F7F80
-        low_sum = tl.sum(_dot4(low[None, :, :, :], x_low[:, None, :, :], PTX), 3) >> 4
-        high_sum = tl.sum(_dot4(high[None, :, :, :], x_high[:, None, :, :], PTX), 3) >> 4
+        x_pointers = operand_pointer + tl.multiple_of(channel // 4, 4)[:, None] + word[None, :]
+        x_low = tl.load(x_pointers, mask=inside[:, None], other=0)
+        x_high = tl.load(x_pointers + HALF // 4, mask=inside[:, None], other=0)
+        packed = packed_pointer + (chunk * CHUNK_WORDS)[:, None] + word[None, :]
+        low = multiplier_pointer
+        high = multiplier_pointer
         if GROUP > 0:
-            multiplier = multiplier_pointer + (row * (in_features // GROUP))[:, None]
-            low_multiplier = tl.load(
-                multiplier + (channel // GROUP)[None, :], mask=inside[None, :], other=0
-            ).to(tl.int32)
-            high_multiplier = tl.load(
-                multiplier + ((channel + HALF) // GROUP)[None, :], mask=inside[None, :], other=0
-            ).to(tl.int32)
-            total += low_sum * low_multiplier[None, :, :] + high_sum * high_multiplier[None, :, :]
-        else:
-            total += low_sum + high_sum
-    y = tl.sum(total, 2).to(tl.float32)
-    scale = tl.load(scale_pointer + x_row)
-    y = y * scale[:, None] * tl.load(weight_scale_pointer + row)[None, :]
+            low = multiplier_pointer + channel // GROUP
+            high = multiplier_pointer + (channel + HALF) // GROUP
+        total0 += _step(
+            packed + row0 * row_words,
+            low + row0 * groups,
+            high + row0 * groups,
+            x_low,
+            x_high,
+            inside,
+            GROUP,
+            PTX,
+        )
+        total1 += _step(
+            packed + row1 * row_words,
+            low + row1 * groups,
+            high + row1 * groups,
+            x_low,
+            x_high,
+            inside,
+            GROUP,
+            PTX,
+        )
+        total2 += _step(
+            packed + row2 * row_words,
+            low + row2 * groups,
+            high + row2 * groups,
+            x_low,
+            x_high,
+            inside,
+            GROUP,
+            PTX,
+        )
+        total3 += _step(
+            packed + row3 * row_words,
+            low + row3 * groups,
+            high + row3 * groups,
+            x_low,
+            x_high,
+            inside,
+            GROUP,
+            PTX,
+        )
+    # The last two dimensions count rows: [.., i, j] is row 2 j + i.
+    total = tl.join(tl.join(total0, total1), tl.join(total2, total3))
+    y = tl.sum(tl.sum(total, 1), 0).permute(1, 0).reshape(4).to(tl.float32)
+    out = first + tl.arange(0, 4)
+    mask = out < out_features
+    y = y * tl.load(scale_pointer) * tl.load(weight_scale_pointer + out, mask=mask, other=0.0)
     if HAS_BIAS:
-        y += tl.load(bias_pointer + row).to(tl.float32)[None, :]
-    offset = token.to(tl.int64)[:, None] * out_features + out[None, :]
-    mask = (token < tokens)[:, None] & (out < out_features)[None, :]
-    tl.store(out_pointer + offset, y.to(out_pointer.dtype.element_ty), mask=mask)
+        y += tl.load(bias_pointer + out, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_pointer + out, y.to(out_pointer.dtype.element_ty), mask=mask)

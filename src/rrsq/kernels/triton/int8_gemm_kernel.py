@@ -1,5 +1,7 @@
 """The int8 product for many tokens, its rank-1 epilogue fused."""
 
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+
 import triton
 import triton.language as tl
 
@@ -68,7 +70,15 @@ def int8_gemm_kernel(
             w = tl.load(w_pointers + start, mask=(channel < in_features - start)[:, None], other=0)
         accumulator = tl.dot(x, w, accumulator, out_dtype=tl.int32)
     y = _epilogue(
-        accumulator, scale_pointer, weight_scale_pointer, bias_pointer, token, out, tokens, out_features, HAS_BIAS
+        accumulator,
+        scale_pointer,
+        weight_scale_pointer,
+        bias_pointer,
+        token,
+        out,
+        tokens,
+        out_features,
+        HAS_BIAS,
     )
     offset = token.to(tl.int64)[:, None] * out_features + out[None, :]
     mask = (token < tokens)[:, None] & (out < out_features)[None, :]
@@ -106,6 +116,14 @@ def int8_gemm_descriptor_kernel(
     token = first_token + tl.arange(0, BLOCK_TOKENS)
     out = first_out + tl.arange(0, BLOCK_OUT)
     y = _epilogue(
-        accumulator, scale_pointer, weight_scale_pointer, bias_pointer, token, out, tokens, out_features, HAS_BIAS
+        accumulator,
+        scale_pointer,
+        weight_scale_pointer,
+        bias_pointer,
+        token,
+        out,
+        tokens,
+        out_features,
+        HAS_BIAS,
     )
     out_descriptor.store([first_token, first_out], y.to(out_descriptor.dtype))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
 
 from ..eager.packing import pack_block
-from .gemv_kernel import gemv_kernel
+from .device import compiled
+from .gemv_kernel import ROWS, gemv_kernel
 from .int8_gemm_kernel import int8_gemm_descriptor_kernel, int8_gemm_kernel
 from .packed_gemm_kernel import packed_gemm_kernel
 from .plans import FusedPlan, GemvPlan, Plan, TwoPassPlan
@@ -19,19 +18,15 @@ from .workspace import MAXIMUM_COUNTERS, counters
 __all__ = ["dequantize", "int8_gemm", "launch", "supports_words", "unpack"]
 
 
-@functools.cache
-def _compiled() -> bool:
-    """Whether kernels run on a GPU, where inline PTX works, and not in Triton's interpreter."""
-    return isinstance(gemv_kernel, triton.runtime.JITFunction)
-
-
 def _group_size(in_features: int, multiplier: Tensor | None) -> int:
     return 0 if multiplier is None else in_features // multiplier.shape[1]
 
 
 def supports_words(in_features: int, group_size: int) -> bool:
-    """Whether rows split into 32-bit words and chunks that share a multiplier (``group_size`` 0: no multipliers)."""
-    return in_features % 64 == 0 and (group_size == 0 or (group_size >= 16 and group_size & (group_size - 1) == 0))
+    """Whether rows split into 32-bit words that share a multiplier (``group_size`` 0: no multipliers)."""
+    return in_features % 64 == 0 and (
+        group_size == 0 or (group_size >= 16 and group_size & (group_size - 1) == 0)
+    )
 
 
 def _chunk_words(group_size: int) -> int:
@@ -124,10 +119,10 @@ def _gemv(
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    tokens, in_features = operand.shape
+    in_features = operand.shape[1]
     out_features = packed.shape[0]
     group_size = _group_size(in_features, multiplier)
-    gemv_kernel[(triton.cdiv(out_features, plan.block_out),)](
+    gemv_kernel[(triton.cdiv(out_features, ROWS),)](
         operand.view(torch.int32),
         scale,
         packed.view(torch.int32),
@@ -135,17 +130,14 @@ def _gemv(
         weight_scale,
         weight_scale if bias is None else bias,
         out,
-        tokens,
         out_features,
         in_features,
         HALF=pack_block(in_features) // 2,
         GROUP=group_size,
         HAS_BIAS=bias is not None,
-        TOKENS=triton.next_power_of_2(tokens),
-        BLOCK_OUT=plan.block_out,
         CHUNKS=plan.chunks,
         CHUNK_WORDS=_chunk_words(group_size),
-        PTX=_compiled(),
+        PTX=compiled(),
         num_warps=plan.warps,
     )
 
@@ -192,7 +184,7 @@ def _fused(
         SPLIT=split,
         STAGES=plan.stages,
         EVEN=row_bytes % plan.block_bytes == 0,
-        PTX=_compiled(),
+        PTX=compiled(),
         num_warps=plan.warps,
         num_stages=plan.stages,
     )
@@ -207,7 +199,7 @@ def int8_gemm(
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    """``out = scale ⊗ weight_scale ⊙ (operand @ weight.T) + bias`` of int8 ``[tokens, in]`` and ``[out, in]``."""
+    """``out = scale ⊗ weight_scale ⊙ (operand @ weight.T) + bias`` of int8 operand and weight."""
     tokens, in_features = operand.shape
     out_features = weight.shape[0]
     tiles = triton.cdiv(tokens, plan.block_tokens) * triton.cdiv(out_features, plan.block_out)
@@ -258,5 +250,6 @@ def int8_gemm(
 def _describable(*tensors: Tensor) -> bool:
     """Whether the tensor memory accelerator can address them: 16-byte aligned bases and rows."""
     return all(
-        tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0 for tensor in tensors
+        tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+        for tensor in tensors
     )

@@ -1,11 +1,14 @@
 """Unpacking offset-binary nibbles to int8 operands, four at a time in a 32-bit register.
 
-A byte holds two codes plus 8 (:mod:`rrsq.kernels.eager.packing`). With a multiplier ``u`` in 1..15 the byte wanted
-is ``code * u = nibble * u - 8 u``. In four bytes at once, ``t = nibbles * u + (128 - 8 u)`` in every byte is one
-multiply-add with no carry between bytes, since ``8 <= 128 + code * u <= 233``; flipping the top bits then takes the
-128 off in two's complement. Without a multiplier the nibble moved to the upper half of its byte, top bit flipped,
-is ``16 * code``: one shift and one logic operation, and the accumulator is divided by 16 at the end, exactly.
+A byte holds two codes plus 8 (:mod:`rrsq.kernels.eager.packing`). With a multiplier ``u`` in 1..15 the byte
+wanted is ``code * u = nibble * u - 8 u``. In four bytes at once, ``t = nibbles * u + (128 - 8 u)`` in every
+byte is one multiply-add with no carry between bytes, since ``8 <= 128 + code * u <= 233``; flipping the top
+bits then takes the 128 off in two's complement. Without a multiplier the nibble moved to the upper half of
+its byte, top bit flipped, is ``16 * code``: one shift and one logic operation, and the accumulator is divided
+by 16 at the end, exactly.
 """
+
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
 import triton
 import triton.language as tl

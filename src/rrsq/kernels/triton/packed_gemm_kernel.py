@@ -1,10 +1,12 @@
 """The product with packed weights unpacked in registers: small and medium numbers of tokens.
 
-It computes Y^T = W X^T, so that the weight is the left operand, which the tensor cores take from registers: what
-is unpacked there need not go back to shared memory. K is split over programs where the output has too few tiles
-to fill the GPU; the partial sums are integers and are added by the program that arrives last, in a fixed order,
-so results are deterministic.
+It computes Y^T = W X^T, so that the weight is the left operand, which the tensor cores take from registers:
+what is unpacked there need not go back to shared memory. K is split over programs where the output has too
+few tiles to fill the GPU; the partial sums are integers and are added by the program that arrives last, in a
+fixed order, so results are deterministic.
 """
+
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
 import triton
 import triton.language as tl
@@ -47,15 +49,14 @@ def packed_gemm_kernel(
 ):
     """One tile ``[BLOCK_OUT, BLOCK_TOKENS]`` of Y^T, or one of its ``SPLIT`` parts.
 
-    ``BLOCK_BYTES`` packed bytes of each weight row are taken in a step. ``SPAN``, the bytes of a step whose low
-    nibbles share a multiplier, is ``min(GROUP, HALF, BLOCK_BYTES)``. ``EVEN``: the step divides the row.
-    ``partial_pointer`` int32 ``[tiles, SPLIT, BLOCK_OUT, BLOCK_TOKENS]``; ``counter_pointer`` int32 ``[tiles]``,
-    zero before and after.
+    ``BLOCK_BYTES`` packed bytes of each weight row are taken in a step, a multiple of ``HALF``. ``EVEN``: the
+    step divides the row. ``partial_pointer`` int32 ``[tiles, SPLIT, BLOCK_OUT, BLOCK_TOKENS]``;
+    ``counter_pointer`` int32 ``[tiles]``, zero before and after.
     """
     tile_token = tl.program_id(0)
     tile_out = tl.program_id(1)
     part = tl.program_id(2)
-    row_bytes = in_features // 2
+    row_bytes = tl.multiple_of(in_features // 2, 16)
     out = tile_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = tl.minimum(out, out_features - 1).to(tl.int64)
     token = tile_token * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -80,19 +81,29 @@ def packed_gemm_kernel(
             x_low = tl.load(x_pointers, mask=(byte < row_bytes)[:, None], other=0)
             x_high = tl.load(x_pointers + HALF, mask=(byte < row_bytes)[:, None], other=0)
         if GROUP > 0:
-            SMALLER: tl.constexpr = GROUP if GROUP < HALF else HALF
-            SPAN: tl.constexpr = SMALLER if SMALLER < BLOCK_BYTES else BLOCK_BYTES
-            SPANS: tl.constexpr = BLOCK_BYTES // SPAN
-            span_byte = step * BLOCK_BYTES + tl.arange(0, SPANS) * SPAN
-            span_channel = (span_byte // HALF) * (2 * HALF) + span_byte % HALF
+            # A step's multipliers are neighbours in memory: one small pipelined load, split in registers.
+            MULTIPLIERS: tl.constexpr = 2 * BLOCK_BYTES // GROUP if 2 * BLOCK_BYTES > GROUP else 1
+            SPAN: tl.constexpr = GROUP if GROUP < HALF else HALF
             groups = in_features // GROUP
-            multiplier = multiplier_pointer + (row * groups)[:, None]
-            low_group = tl.minimum(span_channel // GROUP, groups - 1)
-            high_group = tl.minimum((span_channel + HALF) // GROUP, groups - 1)
-            low_multiplier = tl.load(multiplier + low_group[None, :])
-            high_multiplier = tl.load(multiplier + high_group[None, :])
-            low = scaled_low(packed, _spread(low_multiplier, BLOCK_OUT, SPANS, SPAN), PTX)
-            high = scaled_high(packed, _spread(high_multiplier, BLOCK_OUT, SPANS, SPAN), PTX)
+            if GROUP == 32 and HALF == 64:
+                groups = tl.multiple_of(groups, 4)
+            group = step * (2 * BLOCK_BYTES) // GROUP + tl.arange(0, MULTIPLIERS)
+            if not EVEN:
+                group = tl.minimum(group, groups - 1)
+            multiplier = tl.load(multiplier_pointer + (row * groups)[:, None] + group[None, :])
+            if GROUP <= HALF:
+                halves = multiplier.reshape(BLOCK_OUT, BLOCK_BYTES // HALF, 2, HALF // SPAN).permute(
+                    0, 1, 3, 2
+                )
+                low_multiplier, high_multiplier = tl.split(halves)
+                low_multiplier = low_multiplier.reshape(BLOCK_OUT, BLOCK_BYTES // SPAN)
+                high_multiplier = high_multiplier.reshape(BLOCK_OUT, BLOCK_BYTES // SPAN)
+            else:
+                REPEAT: tl.constexpr = BLOCK_BYTES // HALF // MULTIPLIERS
+                low_multiplier = _spread(multiplier, BLOCK_OUT, MULTIPLIERS, REPEAT)
+                high_multiplier = low_multiplier
+            low = scaled_low(packed, _spread(low_multiplier, BLOCK_OUT, BLOCK_BYTES // SPAN, SPAN), PTX)
+            high = scaled_high(packed, _spread(high_multiplier, BLOCK_OUT, BLOCK_BYTES // SPAN, SPAN), PTX)
         else:
             low = sixteenfold_low(packed, PTX)
             high = sixteenfold_high(packed, PTX)

@@ -10,11 +10,9 @@ __all__ = ["FusedPlan", "GemvPlan", "Plan", "TwoPassPlan", "plan_from_data", "pl
 
 @dataclass(frozen=True)
 class GemvPlan:
-    """:mod:`.gemv_kernel`: every product on the four-way dot unit; up to 4 tokens."""
+    """:mod:`.gemv_kernel`: every product on the four-way dot unit; one token."""
 
     kind: ClassVar[str] = "gemv"
-    block_out: int
-    """Output channels of a program."""
     chunks: int
     """Chunks of 32 packed bytes of a weight row taken in a step."""
     warps: int

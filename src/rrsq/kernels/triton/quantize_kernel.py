@@ -1,30 +1,42 @@
 """Smoothing and quantization of activations without a rotation: one program a token."""
 
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+
 import triton
 import triton.language as tl
 
-__all__ = ["fold", "quantize_folded_kernel", "quantize_smoothed_kernel", "smoothing_statistic_kernel"]
+__all__ = [
+    "fold",
+    "quantize_folded_kernel",
+    "quantize_smoothed_kernel",
+    "round_to_code",
+    "smoothing_statistic_kernel",
+]
 
 _ROUNDER = tl.constexpr(12582912.0)
+_ROUNDER_BITS = tl.constexpr(0x4B400000)
 _TINY = tl.constexpr(1e-30)
 _FOLD_MAX = tl.constexpr(18.0)
 
 
 @triton.jit
-def _round_to_code(value, CODE_MAX: tl.constexpr):
-    """Round to nearest, ties to even, within ±CODE_MAX: adding 1.5 * 2^23 leaves no fraction bits."""
+def round_to_code(value, CODE_MAX: tl.constexpr):
+    """Round to nearest, ties to even, within ±CODE_MAX, as int32.
+
+    Adding 1.5 * 2^23 leaves the integer in the low bits; a conversion instruction has an eighth of the
+    throughput.
+    """
     limited = tl.minimum(tl.maximum(value, -CODE_MAX), CODE_MAX)
-    return (limited + _ROUNDER) - _ROUNDER
+    return (limited + _ROUNDER).to(tl.int32, bitcast=True) - _ROUNDER_BITS
 
 
 @triton.jit
-def fold(grouped, scale, code_factor, CODE_MAX: tl.constexpr):
-    """``code * m`` of float32 ``[groups, group size]`` for a token's ``scale`` (see the eager reference)."""
-    group_max = tl.max(tl.abs(grouped), 1)
+def fold(grouped, group_max, scale, code_factor, CODE_MAX: tl.constexpr):
+    """``code * m``, int32, of float32 ``[groups, group size]`` for a token's ``scale``; see the reference."""
     multiplier = tl.ceil(tl.div_rn(group_max * code_factor, tl.broadcast_to(scale, group_max.shape)))
     multiplier = tl.minimum(tl.maximum(multiplier, 1.0), _FOLD_MAX)
     inverse = tl.div_rn(tl.full(multiplier.shape, 1.0, tl.float32), scale * multiplier)
-    return _round_to_code(grouped * inverse[:, None], CODE_MAX) * multiplier[:, None]
+    return round_to_code(grouped * inverse[:, None], CODE_MAX) * multiplier.to(tl.int32)[:, None]
 
 
 @triton.jit
@@ -40,10 +52,11 @@ def quantize_folded_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """One token, in ``BLOCKS`` pieces of ``BLOCK`` channels; with several pieces they are read again from the L1/L2.
+    """One token, in ``BLOCKS`` pieces of ``BLOCK`` channels; with several pieces they are read again from the
+    L1/L2.
 
-    ``scale_factor`` float32: what the token's largest magnitude is multiplied by; ``code_factor``: clip / CODE_MAX.
-    ``GROUP`` 0: no multipliers.
+    ``scale_factor`` float32: what the token's largest magnitude is multiplied by; ``code_factor``: clip /
+    CODE_MAX. ``GROUP`` 0: no multipliers.
     """
     row = tl.program_id(0).to(tl.int64) * channels
     largest = tl.zeros([BLOCK], tl.float32)
@@ -60,14 +73,18 @@ def quantize_folded_kernel(
         if BLOCKS > 1:
             x = tl.load(x_pointer + row + offset, mask=offset < channels, other=0.0).to(tl.float32)
         if GROUP > 0:
-            operand = fold(x.reshape(BLOCK // GROUP, GROUP), scale, code_factor, CODE_MAX).reshape(BLOCK)
+            grouped = x.reshape(BLOCK // GROUP, GROUP)
+            group_max = tl.max(tl.abs(grouped), 1)
+            operand = fold(grouped, group_max, scale, code_factor, CODE_MAX).reshape(BLOCK)
         else:
-            operand = _round_to_code(x * tl.div_rn(1.0, scale), CODE_MAX)
+            operand = round_to_code(x * tl.div_rn(1.0, scale), CODE_MAX)
         tl.store(operand_pointer + row + offset, operand.to(tl.int8), mask=offset < channels)
 
 
 @triton.jit
-def _smoothing_rows(x_pointer, order_pointer, row, channels, HAS_ORDER, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+def _smoothing_rows(
+    x_pointer, order_pointer, row, channels, HAS_ORDER, GROUPS: tl.constexpr, GROUP: tl.constexpr
+):
     """A token in its channel order, float32 ``[GROUPS, GROUP]``, zeros past the end, and its mask."""
     offset = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     mask = offset < channels
@@ -83,7 +100,9 @@ def _group_statistic(x, channels, NORMALIZE: tl.constexpr):
     magnitude = tl.abs(x)
     if NORMALIZE:
         mean_square = tl.sum(tl.sum(x * x, 1), 0) / channels
-        magnitude = tl.div_rn(magnitude, tl.broadcast_to(tl.maximum(tl.sqrt_rn(mean_square), _TINY), magnitude.shape))
+        magnitude = tl.div_rn(
+            magnitude, tl.broadcast_to(tl.maximum(tl.sqrt_rn(mean_square), _TINY), magnitude.shape)
+        )
     return tl.max(magnitude, 1)
 
 
@@ -99,7 +118,7 @@ def smoothing_statistic_kernel(
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Raise the set's group scales (int32 view of non-negative float32) to this token's; order does not matter."""
+    """Raise the set's group scales (int32 view of float32 >= 0) to this token's; order does not matter."""
     token = tl.program_id(0)
     row = token.to(tl.int64) * channels
     x, _, _ = _smoothing_rows(x_pointer, order_pointer, row, channels, HAS_ORDER, GROUPS, GROUP)
@@ -127,7 +146,7 @@ def quantize_smoothed_kernel(
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """One token: divide by the group scales, quantize. With ``TOKEN_SCOPE`` it also computes and writes them."""
+    """One token: divide by the group scales, quantize. ``TOKEN_SCOPE``: compute and write them too."""
     token = tl.program_id(0)
     row = token.to(tl.int64) * channels
     x, offset, mask = _smoothing_rows(x_pointer, order_pointer, row, channels, HAS_ORDER, GROUPS, GROUP)
@@ -142,5 +161,5 @@ def quantize_smoothed_kernel(
     smoothed = x * tl.div_rn(tl.full(group_scale.shape, 1.0, tl.float32), group_scale)[:, None]
     scale = tl.maximum(tl.max(tl.max(tl.abs(smoothed), 1), 0) * code_factor, _TINY)
     tl.store(scale_pointer + token, scale)
-    codes = _round_to_code(smoothed * tl.div_rn(1.0, scale), CODE_MAX)
+    codes = round_to_code(smoothed * tl.div_rn(1.0, scale), CODE_MAX)
     tl.store(codes_pointer + row + offset, codes.to(tl.int8), mask=mask)

@@ -1,21 +1,23 @@
-"""Online Hadamard rotation of a token, alone or with its quantization, in one program.
+"""Online Hadamard rotation of tokens, alone or with their quantization, in one pass.
 
-The rotation is ``kron(dense, fast)`` where ``dense = kron(base, sylvester(DENSE_POWER))`` (block-diagonal where the
-rotation is) acts on the rows of the token seen as ``[DENSE, FAST]`` and ``fast = sylvester(FAST)`` on its columns,
-itself split into two factors. All are products with ±1 matrices on the tensor cores. 16-bit activations are exact
-operands of the first product; the float32 results of a product enter the next one as the sum of two bfloat16
-numbers (16 significant bits), or go through float32 arithmetic where the activations are float32.
+A token is seen as ``[DENSE, FAST]``. The rotation is ``kron(dense, sylvester(FAST))``: a product from the
+left with ``dense = kron(base, sylvester(DENSE_POWER))`` (block-diagonal where the rotation is), then one from
+the right with Sylvester's matrix. Both run on the tensor cores with ±1 matrices that stay in shared memory
+while a program walks over its tokens. 16-bit activations are exact operands of the first product; its float32
+result enters the second as the sum of two bfloat16 numbers (16 significant bits). Where the activations are
+float32 all products are too.
 """
+
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
 import triton
 import triton.language as tl
 
-from .quantize_kernel import fold
+from .quantize_kernel import fold, round_to_code
 
-__all__ = ["rotation_kernel"]
+__all__ = ["dense_matrix_kernel", "rotation_kernel"]
 
 _TINY = tl.constexpr(1e-30)
-_ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -30,31 +32,54 @@ def _sylvester_sign(i, j):
 
 
 @triton.jit
-def _fast_matrix(ORDER: tl.constexpr, SIZE: tl.constexpr, dtype: tl.constexpr):
-    """``kron(identity, sylvester(ORDER))`` of ``[SIZE, SIZE]``."""
-    i = tl.arange(0, SIZE)[:, None]
-    j = tl.arange(0, SIZE)[None, :]
-    sign = _sylvester_sign(i % ORDER, j % ORDER)
-    return tl.where(i // ORDER == j // ORDER, sign, 0).to(dtype)
+def _dense_entries(
+    base_pointer, out_row, in_row, BASE: tl.constexpr, DENSE_POWER: tl.constexpr, DENSE: tl.constexpr
+):
+    """``dense[in_row, out_row]`` in float32, as ``[out_row, in_row]``; zero outside of it."""
+    ORDER: tl.constexpr = BASE * DENSE_POWER
+    i = in_row[None, :]
+    j = out_row[:, None]
+    inside = (i // ORDER == j // ORDER) & (i < DENSE) & (j < DENSE)
+    base_offset = ((i % ORDER) // DENSE_POWER) * BASE + (j % ORDER) // DENSE_POWER
+    entries = tl.load(base_pointer + base_offset, mask=inside, other=0.0).to(tl.float32)
+    return entries * _sylvester_sign(i % DENSE_POWER, j % DENSE_POWER).to(tl.float32)
 
 
 @triton.jit
-def _multiply(y, matrix, EXACT: tl.constexpr):
-    """``y @ matrix`` for float32 ``y`` and a ±1 matrix."""
-    if EXACT:
-        return tl.dot(y, matrix, input_precision="ieee")
-    else:
-        high = y.to(tl.bfloat16)
-        low = (y - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(low, matrix, tl.dot(high, matrix))
-
-
-@triton.jit
-def rotation_kernel(
-    x_pointer,
+def dense_matrix_kernel(
     base_pointer,
     out_pointer,
+    BASE: tl.constexpr,
+    DENSE_POWER: tl.constexpr,
+    DENSE: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the dense factor ``[PADDED, PADDED]``, transposed: for one too large to build in a program."""
+    out_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_row = tl.arange(0, PADDED)
+    entries = _dense_entries(base_pointer, out_row, in_row, BASE, DENSE_POWER, DENSE)
+    tl.store(
+        out_pointer + out_row[:, None] * PADDED + in_row[None, :], entries.to(out_pointer.dtype.element_ty)
+    )
+
+
+@triton.jit
+def _dot(a, b, accumulator, EXACT: tl.constexpr, COMPILED: tl.constexpr):
+    """``a @ b + accumulator``; Triton's interpreter has no bfloat16 product, and gets the same in float32."""
+    if EXACT or not COMPILED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    else:
+        return tl.dot(a, b, accumulator)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def rotation_kernel(
+    x_pointer,
+    dense_pointer,
+    out_pointer,
     scale_pointer,
+    tokens,
     scale_factor,
     code_factor,
     normalization,
@@ -65,65 +90,66 @@ def rotation_kernel(
     DENSE_PADDED: tl.constexpr,
     DENSE_STEP: tl.constexpr,
     FAST: tl.constexpr,
-    FAST_INNER: tl.constexpr,
-    FAST_OUTER: tl.constexpr,
+    MIX_FAST: tl.constexpr,
     CODE_MAX: tl.constexpr,
     GROUP: tl.constexpr,
     QUANTIZE: tl.constexpr,
     EXACT: tl.constexpr,
+    COMPILED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Rotate one token; with ``QUANTIZE`` write its int8 operand and scale, else float32.
+    """Rotate tokens; with ``QUANTIZE`` write their int8 operands and scales, else float32.
 
-    ``DENSE`` rows of ``FAST`` channels (``DENSE_PADDED``: next power of two). ``FAST_INNER * FAST_OUTER = FAST``, or
-    ``FAST_INNER`` 1: columns are not mixed. ``normalization``: 1 / sqrt(order).
+    ``DENSE_PADDED``: next power of two of ``DENSE``. ``DENSE_STEP`` equal to it: ``dense_pointer`` is the
+    base matrix, and the dense factor is built once a program; smaller: it is the finished factor of
+    :func:`dense_matrix_kernel`, read in steps. ``MIX_FAST``: whether columns are mixed. ``normalization``: 1
+    / sqrt(order).
     """
-    token = tl.program_id(0)
-    row = token.to(tl.int64) * CHANNELS
-    ORDER: tl.constexpr = BASE * DENSE_POWER
     dtype: tl.constexpr = x_pointer.dtype.element_ty
-    out_row = tl.arange(0, DENSE_PADDED)
+    split_dtype: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
+    row = tl.arange(0, DENSE_PADDED)
     column = tl.arange(0, FAST)
-    if DENSE > 1:
+    WHOLE: tl.constexpr = DENSE_STEP == DENSE_PADDED
+    if WHOLE:
+        dense = _dense_entries(dense_pointer, row, row, BASE, DENSE_POWER, DENSE).to(dtype)
+    if MIX_FAST:
+        fast = _sylvester_sign(column[:, None], column[None, :]).to(tl.float32).to(split_dtype)
+    offset = row[:, None] * FAST + column[None, :]
+    for token in tl.range(tl.program_id(0), tokens, tl.num_programs(0), num_stages=STAGES if WHOLE else 1):
+        start = tl.cast(token, tl.int64) * CHANNELS
         y = tl.zeros([DENSE_PADDED, FAST], tl.float32)
-        for start in range(0, DENSE_PADDED, DENSE_STEP):
-            in_row = start + tl.arange(0, DENSE_STEP)
-            i = in_row[None, :]
-            j = out_row[:, None]
-            same_block = (i // ORDER == j // ORDER) & (i < DENSE) & (j < DENSE)
-            base_offset = ((i % ORDER) // DENSE_POWER) * BASE + (j % ORDER) // DENSE_POWER
-            entry = tl.load(base_pointer + base_offset, mask=same_block, other=0.0).to(tl.float32)
-            if DENSE_POWER > 1:
-                entry *= _sylvester_sign(i % DENSE_POWER, j % DENSE_POWER).to(tl.float32)
-            x = tl.load(
-                x_pointer + row + in_row[:, None] * FAST + column[None, :], mask=(in_row < DENSE)[:, None], other=0.0
-            )
-            if EXACT:
-                y = tl.dot(entry, x.to(tl.float32), y, input_precision="ieee")
-            else:
-                y = tl.dot(entry.to(dtype), x, y)
-    else:
-        y = tl.load(x_pointer + row + column).to(tl.float32)[None, :]
-    matrix_dtype: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
-    if FAST_INNER > 1:
-        inner = _fast_matrix(FAST_INNER, FAST_INNER, matrix_dtype)
-        y = _multiply(y.reshape(DENSE_PADDED * FAST_OUTER, FAST_INNER), inner, EXACT)
-        if FAST_OUTER > 1:
-            OUTER_SIZE: tl.constexpr = FAST_OUTER if FAST_OUTER > 16 else 16
-            outer = _fast_matrix(FAST_OUTER, OUTER_SIZE, matrix_dtype)
-            y = y.reshape(DENSE_PADDED, FAST_OUTER, FAST_INNER).permute(0, 2, 1)
-            y = _multiply(y.reshape(DENSE_PADDED * FAST // OUTER_SIZE, OUTER_SIZE), outer, EXACT)
-            y = y.reshape(DENSE_PADDED, FAST_INNER, FAST_OUTER).permute(0, 2, 1)
-    y = y.reshape(DENSE_PADDED, FAST) * normalization
-    offset = out_row[:, None] * FAST + column[None, :]
-    if QUANTIZE:
-        scale = tl.maximum(tl.max(tl.max(tl.abs(y), 1), 0) * scale_factor, _TINY)
-        tl.store(scale_pointer + token, scale)
-        if GROUP > 0:
-            grouped = y.reshape(DENSE_PADDED * FAST // GROUP, GROUP)
-            operand = fold(grouped, scale, code_factor, CODE_MAX).reshape(DENSE_PADDED, FAST)
+        if WHOLE:
+            x = tl.load(x_pointer + start + offset, mask=(row < DENSE)[:, None], other=0.0)
+            y = _dot(dense, x, y, EXACT, COMPILED)
         else:
-            limited = tl.minimum(tl.maximum(y * tl.div_rn(1.0, scale), -CODE_MAX), CODE_MAX)
-            operand = (limited + _ROUNDER) - _ROUNDER
-        tl.store(out_pointer + row + offset, operand.to(tl.int8), mask=offset < CHANNELS)
-    else:
-        tl.store(out_pointer + row + offset, y, mask=offset < CHANNELS)
+            for first in tl.range(0, DENSE_PADDED, DENSE_STEP, num_stages=STAGES):
+                in_row = first + tl.arange(0, DENSE_STEP)
+                part = tl.load(dense_pointer + row[:, None] * DENSE_PADDED + in_row[None, :])
+                x = tl.load(
+                    x_pointer + start + in_row[:, None] * FAST + column[None, :],
+                    mask=(in_row < DENSE)[:, None],
+                    other=0.0,
+                )
+                y = _dot(part, x, y, EXACT, COMPILED)
+        if MIX_FAST:
+            high = y.to(split_dtype)
+            zero = tl.zeros([DENSE_PADDED, FAST], tl.float32)
+            mixed = _dot(high, fast, zero, EXACT, COMPILED)
+            if not EXACT:
+                low = (y - high.to(tl.float32)).to(split_dtype)
+                mixed = _dot(low, fast, mixed, EXACT, COMPILED)
+            y = mixed
+        y = y * normalization
+        if QUANTIZE:
+            if GROUP > 0:
+                grouped = y.reshape(DENSE_PADDED * FAST // GROUP, GROUP)
+                group_max = tl.max(tl.abs(grouped), 1)
+                scale = tl.maximum(tl.max(group_max, 0) * scale_factor, _TINY)
+                operand = fold(grouped, group_max, scale, code_factor, CODE_MAX).reshape(DENSE_PADDED, FAST)
+            else:
+                scale = tl.maximum(tl.max(tl.max(tl.abs(y), 1), 0) * scale_factor, _TINY)
+                operand = round_to_code(y * tl.div_rn(1.0, scale), CODE_MAX)
+            tl.store(scale_pointer + token, scale)
+            tl.store(out_pointer + start + offset, operand.to(tl.int8), mask=offset < CHANNELS)
+        else:
+            tl.store(out_pointer + start + offset, y, mask=offset < CHANNELS)

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import TypedDict
 
-__all__ = ["RotationShape", "rotation_shape"]
+__all__ = ["LARGEST_DENSE", "RotationShape", "rotation_shape"]
 
+LARGEST_DENSE = 256
+_LARGEST_BUILT = 128
+_LARGEST_FAST = 256
 _SMALLEST_DOT = 16
-_LARGEST_SINGLE_FAST = 64
+_SMALL_TOKEN = 8192
+
+
+class _Occupancy(TypedDict):
+    warps: int
+    programs: int
+    registers: int | None
+    stages: int
 
 
 @dataclass(frozen=True)
@@ -22,56 +33,66 @@ class RotationShape:
     dense_padded: int
     dense_step: int
     fast: int
-    fast_inner: int
-    fast_outer: int
+    mix_fast: bool
     warps: int
+    programs: int
+    """Programs a multiprocessor holds at a time."""
+    registers: int | None
+    """Registers a thread is held to, so that they fit; None: no limit."""
+    stages: int
+    """Tokens on their way to shared memory."""
 
 
-def _next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def _occupancy(elements: int) -> _Occupancy:
+    if elements <= _SMALL_TOKEN:
+        return _Occupancy(warps=4, programs=4, registers=None, stages=3)
+    if elements <= 2 * _SMALL_TOKEN:
+        return _Occupancy(warps=8, programs=2, registers=128, stages=1)
+    return _Occupancy(warps=16, programs=1, registers=None, stages=1)
+
+
+def _padded(n: int) -> int:
+    return max(1 << (n - 1).bit_length(), _SMALLEST_DOT)
 
 
 @functools.lru_cache(maxsize=256)
 def rotation_shape(channels: int, base: int, block: int, inner: int) -> RotationShape:
-    """Factor a rotation of ``channels`` by Hadamard matrices of order ``block = base * 2^p`` over every ``inner``-th.
+    """Factor a rotation of ``channels`` by Hadamard matrices of order ``block = base * 2^p`` over every
+    ``inner``-th.
 
-    The dense factor takes as much of the power of two as brings it to 16 rows, or leaves the fast factor what two
-    products of up to 64 columns can do. With ``inner`` > 1 all of the mixing is dense.
+    How much of the power of two joins the dense factor is what makes the products smallest: the dense one is
+    a single product, the fast one two. With ``inner`` > 1 all of the mixing is dense.
     """
     power = block // base
-    blocks = channels // (block * inner)
+    rows = channels // (power * inner)
     if inner > 1:
-        dense_power, fast, fast_inner, fast_outer = power, inner, 1, 1
+        dense_power, fast = power, inner
     else:
+        best = None
         dense_power = 1
-        while power // dense_power > _SMALLEST_DOT and (
-            blocks * base * dense_power < _SMALLEST_DOT or power // dense_power > _LARGEST_SINGLE_FAST**2
-        ):
+        while power // dense_power >= _SMALLEST_DOT:
+            size, columns = _padded(rows * dense_power), power // dense_power
+            cost = size * columns * (size + 2 * columns)
+            if size <= LARGEST_DENSE and columns <= _LARGEST_FAST and (best is None or cost < best[0]):
+                best = cost, dense_power
             dense_power *= 2
-        if base * dense_power * blocks < _LARGEST_SINGLE_FAST and power // dense_power == 2 * _LARGEST_SINGLE_FAST:
-            dense_power *= 2
+        if best is None:
+            raise ValueError(
+                f"no factors for a rotation of {channels} channels in blocks of {block} = {base} * {power}"
+            )
+        dense_power = best[1]
         fast = power // dense_power
-        if fast < _SMALLEST_DOT:
-            dense_power, fast, fast_inner, fast_outer = power, 1, 1, 1
-        elif fast <= _LARGEST_SINGLE_FAST:
-            fast_inner, fast_outer = fast, 1
-        else:
-            half = (fast.bit_length() - 1) // 2
-            fast_outer = 1 << half
-            fast_inner = fast // fast_outer
-    dense = blocks * base * dense_power
-    dense_padded = max(_next_power_of_two(dense), _SMALLEST_DOT)
-    elements = dense_padded * fast
-    warps = 4 if elements <= 4096 else 8 if elements <= 16384 else 16
+    dense = rows * dense_power
+    padded = _padded(dense)
+    elements = padded * fast
     return RotationShape(
         order=block,
         base=base,
         dense_power=dense_power,
         dense=dense,
-        dense_padded=dense_padded,
-        dense_step=min(dense_padded, 64),
+        dense_padded=padded,
+        dense_step=padded if padded <= _LARGEST_BUILT else _LARGEST_BUILT // 2,
         fast=fast,
-        fast_inner=fast_inner,
-        fast_outer=fast_outer,
-        warps=warps,
+        mix_fast=inner == 1,
+        **_occupancy(elements),
     )

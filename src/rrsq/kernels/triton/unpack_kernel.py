@@ -1,5 +1,7 @@
 """Unpacking a whole weight: to the int8 operand, or to floating point."""
 
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+
 import triton
 import triton.language as tl
 
@@ -27,10 +29,11 @@ def unpack_words_kernel(
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
     word = tl.arange(0, CHUNK_WORDS)
-    inside = (row < rows)[:, None] & (chunk < in_features // (8 * CHUNK_WORDS))[None, :]
+    row_words = tl.multiple_of(in_features // 8, 4)
+    inside = (row < rows)[:, None] & (chunk < row_words // CHUNK_WORDS)[None, :]
     packed_offset = (chunk * CHUNK_WORDS)[:, None] + word[None, :]
     packed = tl.load(
-        packed_pointer + (row * (in_features // 8))[:, None, None] + packed_offset[None, :, :],
+        packed_pointer + (row * row_words)[:, None, None] + packed_offset[None, :, :],
         mask=inside[:, :, None],
         other=0,
     )
@@ -49,7 +52,11 @@ def unpack_words_kernel(
     else:
         low += 0x78787878
         high += 0x78787878
-    out = out_pointer + (row * (in_features // 4))[:, None, None] + ((channel // 4)[:, None] + word[None, :])[None, :, :]
+    out = (
+        out_pointer
+        + (row * (2 * row_words))[:, None, None]
+        + (tl.multiple_of(channel // 4, 4)[:, None] + word[None, :])[None, :, :]
+    )
     tl.store(out, low ^ -0x7F7F7F80, mask=inside[:, :, None])
     tl.store(out + HALF // 4, high ^ -0x7F7F7F80, mask=inside[:, :, None])
 
@@ -68,7 +75,8 @@ def unpack_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
 ):
-    """Write ``code * multiplier`` (times the row's scale with ``DEQUANTIZE``) of a tile of packed bytes, any sizes.
+    """Write ``code * multiplier`` (times the row's scale with ``DEQUANTIZE``) of a tile of packed bytes, any
+    sizes.
 
     ``HALF`` is half a packing block; ``GROUP`` the channels of a multiplier, 0 without multipliers.
     """

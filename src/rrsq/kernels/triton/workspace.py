@@ -1,8 +1,9 @@
 """Counters for kernels whose programs meet: zero before every launch, and left at zero by every launch.
 
-Calls on one stream follow each other, so they share one buffer a stream. A call that is captured in a CUDA graph
-may be replayed at any time: it gets counters of its own from a reserve that is allocated outside of capture.
-Where the reserve is used up, or missing because nothing ran before the capture, the graph clears its own.
+Calls on one stream follow each other, so they share one buffer a stream. A call that is captured in a CUDA
+graph may be replayed at any time: it gets counters of its own from a reserve that is allocated outside of
+capture. Where the reserve is used up, or missing because nothing ran before the capture, the graph clears its
+own.
 """
 
 from __future__ import annotations

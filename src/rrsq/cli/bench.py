@@ -1,0 +1,184 @@
+"""``rrsq bench``: what quantization buys, in time."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rrsq.cli.console import examples, print_note, progress_bar, stdout
+from rrsq.cli.options import HARDWARE, OUTPUT, Device, DeviceName, resolve_device
+from rrsq.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from rrsq.benchmarking.shapes import LinearShape
+
+__all__ = ["EXAMPLES", "bench"]
+
+EXAMPLES = examples(
+    "rrsq bench --shape 4096x4096 --shape 4096x14336:rotated --tokens 1,16,2048",
+    "rrsq bench --model llama-3-8b --against int8,fp8 --cuda-graph --json bench.json --plot bench.png",
+    "rrsq bench --shape 576x576 --tokens 16 --device cpu",
+)
+_GPU_TOKENS = "1,16,64,256,2048,8192"
+_CPU_TOKENS = "1,16"
+
+
+def bench(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OUTxIN",
+            help="Output by input channels of a linear; repeatable. OUTxIN:rotated rotates its input online.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|DIR",
+            help="All linears of a model: llama-3-8b, llama-3-70b, llama-2-7b, mistral-7b, qwen2.5-0.5b, "
+            "qwen2.5-7b, or a folder with a config.json.",
+        ),
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="M[,M...]", help=f"Numbers of tokens. {_GPU_TOKENS} on a GPU, {_CPU_TOKENS} on a CPU."
+        ),
+    ] = None,
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[,NAME...]",
+            help="Baselines beside the library's bfloat16: int8 (torch._int_mm), fp8 (torch._scaled_mm), "
+            "humming (humming-kernels, where installed).",
+        ),
+    ] = "int8,fp8",
+    device: Device = DeviceName.AUTO,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graph",
+            help="Time replays of a CUDA graph, without launch costs.",
+            rich_help_panel=HARDWARE,
+        ),
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(min=0.0, help="About how long to measure each row.", rich_help_panel=HARDWARE)
+    ] = 0.2,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="First try the kernels' tile sizes on these shapes and keep the best for this GPU in "
+            "~/.cache/rrsq (RRSQ_CACHE). Minutes.",
+            rich_help_panel=HARDWARE,
+        ),
+    ] = False,
+    json_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Also write all numbers to this file.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    plot_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            help="Also draw ratios and a roofline to this file.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+) -> None:
+    """Time quantized linears beside what they replace.
+
+    Every kernel is checked against float64 on random inputs before it is timed, and inputs rotate through
+    more memory than the caches hold. Times are medians; ratios are to the library's bfloat16 product in the
+    same run. Each stage of a linear is also timed by itself: smoothing and quantization, the rotation, the
+    product.
+    """
+    for option, path in (("--json", json_path), ("--plot", plot_path)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{option} {path}: there is no folder '{path.parent}'.")
+    device_name = resolve_device(device)
+    shapes = _shapes(shape or [], model)
+    counts = _counts(tokens or (_CPU_TOKENS if device_name == "cpu" else _GPU_TOKENS))
+
+    import torch
+
+    from rrsq.benchmarking.ceilings import measure_ceilings
+    from rrsq.benchmarking.contenders import CONTENDERS
+    from rrsq.benchmarking.measure import Settings, measure
+    from rrsq.benchmarking.report import BenchmarkReport, plot, tables, to_json
+    from rrsq.benchmarking.tune import tune as find_plans
+
+    names = tuple(name for name in against.split(",") if name)
+    for name in names:
+        if name not in CONTENDERS:
+            raise UsageError(f"--against {name}: unknown; there are {', '.join(CONTENDERS)}.")
+    target = (
+        torch.device("cuda", torch.cuda.current_device()) if device_name == "cuda" else torch.device("cpu")
+    )
+    if device_name == "cpu":
+        print_note("No GPU is used: these are times of the eager reference on the CPU.")
+    with progress_bar() as progress, torch.inference_mode():
+        task = progress.add_task("", total=None)
+
+        def show(text: str) -> None:
+            progress.update(task, description=text)
+
+        if tune:
+            print_note(f"Wrote {find_plans(shapes, target, show)}")
+        show("measuring the machine's ceilings")
+        ceilings = measure_ceilings(target)
+        settings = Settings(tuple(shapes), counts, names, target, cuda_graph, seconds)
+        rows = tuple(measure(settings, ceilings, show))
+    command = " ".join(["rrsq", *sys.argv[1:]])
+    report = BenchmarkReport(_describe(target), command, cuda_graph, ceilings, rows)
+    for table in tables(report):
+        stdout.print(table)
+    print_note(
+        f"{report.device}: copies at {ceilings.bytes_per_second / 1e12:.2f} TB/s, bfloat16 products at "
+        f"{ceilings.bf16_operations_per_second / 1e12:.1f} TFLOP/s; int8 and fp8 are taken at twice that."
+    )
+    if json_path is not None:
+        json_path.write_text(to_json(report))
+        print_note(f"Wrote {json_path}")
+    if plot_path is not None:
+        plot(report, plot_path)
+        print_note(f"Wrote {plot_path}")
+
+
+def _shapes(shapes: list[str], model: str | None) -> list[LinearShape]:
+    from rrsq.benchmarking.shapes import model_shapes, parse_shape
+
+    if not shapes and model is None:
+        raise UsageError(
+            "Nothing to time: give --shape OUTxIN (for example --shape 4096x4096) or --model NAME."
+        )
+    return [parse_shape(text) for text in shapes] + ([] if model is None else model_shapes(model))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise UsageError(f"--tokens {text}: expected positive numbers, for example 1,16,2048.")
+    return counts
+
+
+def _describe(device: torch.device) -> str:
+    import platform
+
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads), torch {torch.__version__}"
