@@ -3,8 +3,8 @@
 Two forms (arXiv 2409.20361, sections 3 and 4, and arXiv 2405.04532 for the integer multipliers):
 
 * *folded*: token ``i`` in group ``g`` has the scale ``a_i * m_ig`` with an integer ``m``; the GEMM gets the
-  int8 operand ``code * m`` and only the rank-1 scale ``a_i`` is left for its epilogue. Without groups ``m`` is 1
-  everywhere, which is ordinary per-token quantization.
+  int8 operand ``code * m`` and only the rank-1 scale ``a_i`` is left for its epilogue. Without groups ``m``
+  is 1 everywhere, which is ordinary per-token quantization.
 * *smoothed*: a real scale ``s_g`` shared by a set of tokens divides the activations before per-token
   quantization and comes back inside the GEMM.
 """
@@ -37,8 +37,8 @@ def code_max(bits: int) -> int:
 def quantize_folded(x: Tensor, bits: int, group_size: int | None, clip: float) -> tuple[Tensor, Tensor]:
     """Quantize each token symmetrically, with integer multipliers for groups of channels.
 
-    With ``c = code_max(bits)``, ``M_ig`` the largest magnitude of token ``i`` in group ``g`` and ``A_i`` that of
-    the whole token: ``a_i = clip * A_i / (18 c)``, ``m_ig = ceil(clip * M_ig / (c a_i))`` in 1..18,
+    With ``c = code_max(bits)``, ``M_ig`` the largest magnitude of token ``i`` in group ``g`` and ``A_i`` that
+    of the whole token: ``a_i = clip * A_i / (18 c)``, ``m_ig = ceil(clip * M_ig / (c a_i))`` in 1..18,
     ``code = round(x / (a_i m_ig))`` limited to ±c. Without groups: ``a_i = clip * A_i / c`` and ``m = 1``.
 
     Args:
@@ -69,12 +69,12 @@ def quantize_folded(x: Tensor, bits: int, group_size: int | None, clip: float) -
 
 
 def tokens_per_set(scope: str, tokens: int) -> int:
-    """Consecutive tokens that share a smoothing scale: all (``sequence``), 128 (``block``) or one (``token``)."""
+    """Consecutive tokens that share a scale: all (``sequence``), 128 (``block``) or one (``token``)."""
     return {"sequence": max(tokens, 1), "block": _BLOCK_TOKENS, "token": 1}[scope]
 
 
 def smoothing_scale(x: Tensor, group_size: int, scope: str, statistic: str) -> Tensor:
-    """The runtime smoothing scale ``s_g(T)``: the largest ``|x|`` over a set's tokens and a group's channels.
+    """The runtime smoothing scale ``s_g(T)``: the largest ``|x|`` of a set's tokens and a group's channels.
 
     Args:
         x: float32 ``[tokens, channels]``, already in its channel order.
