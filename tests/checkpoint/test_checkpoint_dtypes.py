@@ -37,13 +37,13 @@ def test_scales_and_offsets_stay_float32(qwen2_checkpoint: Path, dtype: str, thr
     assert bool(torch.isfinite(logits).all())
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.3), ("float16", 0.15)])
-def test_lower_precisions_are_close(qwen2_checkpoint: Path, dtype: str, tolerance: float) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precisions_are_close(qwen2_checkpoint: Path, dtype: str) -> None:
     """A rounding of the activations may move a 4-bit code, so the bound is that of a few moved codes."""
     tokens = random_tokens(2, 32)
     exact = logits_of(rrsq.load(str(qwen2_checkpoint), dtype="float32"), tokens)
     logits = logits_of(rrsq.load(str(qwen2_checkpoint), dtype=dtype), tokens).float()
-    assert float((logits - exact).norm() / exact.norm()) < tolerance
+    assert float((logits - exact).norm() / exact.norm()) < 0.3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

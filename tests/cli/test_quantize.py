@@ -151,11 +151,12 @@ def test_a_quantized_model_is_not_quantized_again(checkpoint: Path, tmp_path: Pa
 def test_interruption_leaves_nothing(
     tiny_qwen2_dir: Path, tiny_text_file: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    # Thousands of windows keep the run busy until the signal comes.
+    # Tens of thousands of windows keep the run busy until the signal comes.
+    text = tmp_path / "text.txt"
+    text.write_text(tiny_text_file.read_text() * 20)
     command = [
         sys.executable, "-m", "rrsq.cli", "quantize", str(tiny_qwen2_dir), "-o", str(tmp_path / "out"),
-        "--calibration-data", str(tiny_text_file), "--num-samples", "3000", "--sequence-length", "8",
-        "--set", "weights.method=gptq",
+        "--calibration-data", str(text), "--num-samples", "30000", "--sequence-length", "8",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
@@ -165,4 +166,4 @@ def test_interruption_leaves_nothing(
     assert process.returncode == 1, message
     assert "Interrupted" in message
     assert "Traceback" not in message
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [text]
