@@ -142,6 +142,18 @@ def test_nan_in_a_weight_is_named(tiny_qwen2_dir: Path, tiny_text_file: Path, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+def test_a_disk_without_room_is_found_early(
+    tiny_qwen2_dir: Path, tiny_text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    result = rrsq(
+        "quantize", tiny_qwen2_dir, "-o", tmp_path / "out", "--calibration-data", tiny_text_file, *SMALL
+    )
+    assert "MB free" in failure(result, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_quantized_model_is_not_quantized_again(checkpoint: Path, tmp_path: Path) -> None:
     assert "quantized already" in failure(rrsq("quantize", checkpoint, "-o", tmp_path / "out"), 2)
 

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rrsq.errors import NonFiniteError, RecipeError, UnsupportedArchitectureError
 from rrsq.nn.linear import QuantizedLinear
 from rrsq.quantization import weights as weights_module
-from rrsq.quantization.memory import weight_bytes
+from rrsq.quantization.memory import least_checkpoint_bytes, weight_bytes
 from rrsq.quantization.pipeline import needs_calibration, quantize_model
 from rrsq.recipe import recipe_names
 from tiny_quantized import load_tiny, logits_of, quantize_tiny, random_tokens, recipe_of
@@ -288,3 +288,11 @@ def test_key_offsets_are_refused_where_angles_change_with_length(tiny_qwen2_dir:
     model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "dynamic"}
     with pytest.raises(RecipeError, match=r"kv_cache\.keys\.offset=none"):
         quantize_model(model, recipe_of("rrs-w4a4kv4", []), random_tokens(1, 8, seed=0))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_least_size_is_close_to_the_size(name: str, tiny_llama_dir: Path) -> None:
+    recipe = recipe_of(name, [])
+    least = least_checkpoint_bytes(load_tiny(tiny_llama_dir), recipe)
+    size = weight_bytes(quantize_tiny(tiny_llama_dir, recipe).model)
+    assert 0.8 * size < least <= size

@@ -19,7 +19,7 @@ from ..quantization.pipeline import QuantizedModel
 from .card import model_card
 from .format import CalibrationInfo, CheckpointInfo, RotationInfo
 
-__all__ = ["check_output", "checkpoint_info", "write_checkpoint"]
+__all__ = ["check_output", "check_space", "checkpoint_info", "write_checkpoint"]
 
 _VERSIONED = ("rrsq", "torch", "transformers", "safetensors", "tokenizers")
 
@@ -45,6 +45,24 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         probe = _staging(out)
         probe.mkdir()
         probe.rmdir()
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse a disk that cannot hold the checkpoint before hours are spent on it.
+
+    Args:
+        out: the output folder; its parent exists.
+        needed: bytes it takes at least.
+
+    Raises:
+        StorageError: less is free.
+    """
+    free = shutil.disk_usage(out.absolute().parent).free
+    if free < needed:
+        raise StorageError(
+            f"The disk of '{out}' has {free / 1e6:.0f} MB free and the checkpoint takes {needed / 1e6:.0f} MB"
+            " at least. Free some space or choose another folder."
+        )
 
 
 def checkpoint_info(

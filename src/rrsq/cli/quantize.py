@@ -131,7 +131,8 @@ def _run(
     from rrsq.calibration.windows import calibration_windows, data_fingerprint
     from rrsq.checkpoint.format import CalibrationInfo
     from rrsq.checkpoint.loading import load_model, load_tokenizer
-    from rrsq.checkpoint.writer import check_output, checkpoint_info, write_checkpoint
+    from rrsq.checkpoint.writer import check_output, check_space, checkpoint_info, write_checkpoint
+    from rrsq.quantization.memory import least_checkpoint_bytes
     from rrsq.quantization.pipeline import needs_calibration, quantize_model
 
     check_output(output, overwrite=overwrite)
@@ -153,6 +154,7 @@ def _run(
             )
         progress.update(bar, description="loading the model")
         model: Any = load_model(model_path, device="cpu", data_root=data_root)
+        check_space(output, least_checkpoint_bytes(model, recipe))
         progress.update(bar, description="quantizing", total=1)
 
         def show(done: int, total: int, text: str) -> None:

@@ -9,9 +9,11 @@ from types import TracebackType
 import torch
 from torch import nn
 
+from ..models import family_for
+from ..recipe import Recipe
 from .report import QuantizationReport
 
-__all__ = ["PeakMemory", "weight_bytes"]
+__all__ = ["PeakMemory", "least_checkpoint_bytes", "weight_bytes"]
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -20,6 +22,21 @@ def weight_bytes(model: nn.Module) -> int:
     for tensor in model.state_dict().values():
         seen[tensor.data_ptr() or id(tensor)] = tensor.numel() * tensor.element_size()
     return sum(seen.values())
+
+
+def least_checkpoint_bytes(model: nn.Module, recipe: Recipe) -> int:
+    """A lower bound of a checkpoint: half a byte a linear's weight, the rest as it is, the head untied."""
+    family = family_for(model.config)
+    parameters = dict(model.named_parameters())
+    total = sum(tensor.numel() * tensor.element_size() for tensor in parameters.values())
+    if f"{family.head}.weight" not in parameters and recipe.rotation is not None:
+        embedding = parameters[f"{family.embedding}.weight"]
+        total += embedding.numel() * embedding.element_size()
+    if recipe.weights.bits == 4:
+        linears = [f".{entry.parent}.{name}.weight" for entry in family.inputs for name in entry.linears]
+        quantized = [tensor for name, tensor in parameters.items() if name.endswith(tuple(linears))]
+        total -= sum(tensor.numel() * tensor.element_size() - tensor.numel() // 2 for tensor in quantized)
+    return total
 
 
 class PeakMemory:
