@@ -163,15 +163,22 @@ def test_a_quantized_model_is_not_quantized_again(checkpoint: Path, tmp_path: Pa
 def test_interruption_leaves_nothing(
     tiny_qwen2_dir: Path, tiny_text_file: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    # Tens of thousands of windows keep the run busy until the signal comes.
+    # A hundred thousand windows keep the run busy until the signal comes.
     text = tmp_path / "text.txt"
-    text.write_text(tiny_text_file.read_text() * 20)
+    text.write_text(tiny_text_file.read_text() * 60)
     command = [
         sys.executable, "-m", "rrsq.cli", "quantize", str(tiny_qwen2_dir), "-o", str(tmp_path / "out"),
-        "--calibration-data", str(text), "--num-samples", "30000", "--sequence-length", "8",
+        "--calibration-data", str(text), "--num-samples", "100000", "--sequence-length", "8",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    # A shell may have started the tests with SIGINT ignored, which a child would inherit.
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         time.sleep(6)
         process.send_signal(number)
         message = process.stderr.read() if process.stderr is not None else ""
