@@ -109,6 +109,16 @@ def test_missing_model_folder(tmp_path: Path) -> None:
     assert "no model folder" in failure(rrsq("quantize", tmp_path / "nothing", "-o", tmp_path / "out"), 2)
 
 
+def test_a_hub_id_is_found_under_the_data_root(
+    tiny_qwen2_dir: Path, tiny_text_file: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_qwen2_dir, tmp_path / "hub" / "some-org" / "some-model")
+    data = ["--calibration-data", tiny_text_file, "--data-root", tmp_path / "hub"]
+    result = rrsq("quantize", "some-org/some-model", "-o", tmp_path / "out", *data, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 def test_hub_out_of_reach_says_how_to_go_on(tmp_path: Path) -> None:
     message = failure(rrsq("quantize", "some-org/some-model", "-o", tmp_path / "out"), 2)
     assert "--data-root" in message

@@ -156,9 +156,16 @@ def _run(
         model: Any = load_model(model_path, device="cpu", data_root=data_root)
         check_space(output, least_checkpoint_bytes(model, recipe))
         progress.update(bar, description="quantizing", total=1)
+        layers = model.config.num_hidden_layers
+        layer_bar = progress.add_task("layer", total=None)
 
         def show(done: int, total: int, text: str) -> None:
-            progress.update(bar, completed=done, total=total, description=text)
+            steps = total // layers
+            step = (done - 1) % steps
+            if step == 0:
+                progress.reset(layer_bar, total=steps)
+            progress.update(layer_bar, completed=step + 1, description=text)
+            progress.update(bar, completed=done, total=total)
 
         quantized = quantize_model(model, recipe, windows, seed=seed, device=device_name, progress=show)
         progress.update(bar, description="writing the checkpoint")
