@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,12 @@ from .. import kernels
 from ..rotation.hadamard import HadamardPlan, base_matrix
 
 __all__ = ["OnlineHadamard", "RotatedLinear"]
+
+
+@lru_cache(maxsize=64)
+def _shared_base(plan: HadamardPlan, device: torch.device) -> Tensor:
+    """One tensor for all layers: kernels keep what they derive from it by the tensor."""
+    return base_matrix(plan).to(device)
 
 
 class OnlineHadamard(nn.Module):
@@ -27,7 +35,7 @@ class OnlineHadamard(nn.Module):
     def base(self, device: torch.device) -> Tensor:
         """The dense ±1 base ``[k, k]`` in float32 on ``device``."""
         if self._base is None or self._base.device != device:
-            self._base = base_matrix(self.plan).to(device)
+            self._base = _shared_base(self.plan, device)
         return self._base
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from torch import Tensor
 from ..eager.activation import FOLD_MAX, TINY, code_max, tokens_per_set
 from .device import compiled, processors
 from .quantize_kernel import quantize_folded_kernel, quantize_smoothed_kernel, smoothing_statistic_kernel
-from .rotation_kernel import dense_matrix_kernel, rotation_kernel
+from .rotation_factors import rotation_factors
+from .rotation_kernel import rotation_kernel
 from .rotation_shape import RotationShape, rotation_shape
 
 __all__ = ["hadamard_transform", "quantize_folded", "quantize_smoothed"]
 
 _WHOLE_ROW = 16384
-_DENSE_ROWS = 8
 
 
 def _rotate(
@@ -31,24 +31,13 @@ def _rotate(
     group_size: int,
     quantize: bool,
 ) -> None:
-    dense = base
-    if shape.dense_step < shape.dense_padded:
-        dense = torch.empty(shape.dense_padded, shape.dense_padded, dtype=x.dtype, device=x.device)
-        block = _DENSE_ROWS
-        dense_matrix_kernel[(shape.dense_padded // block,)](
-            base,
-            dense,
-            BASE=shape.base,
-            DENSE_POWER=shape.dense_power,
-            DENSE=shape.dense,
-            PADDED=shape.dense_padded,
-            BLOCK=block,
-        )
+    dense, fast = rotation_factors(base, shape, x.dtype)
     tokens = x.shape[0]
     limit = {} if shape.registers is None else {"maxnreg": shape.registers}
     rotation_kernel[(min(tokens, shape.programs * processors(x.device)),)](
         x,
         dense,
+        fast,
         out,
         scale,
         tokens,
@@ -56,8 +45,6 @@ def _rotate(
         factors[1],
         1.0 / math.sqrt(shape.order),
         CHANNELS=x.shape[1],
-        BASE=shape.base,
-        DENSE_POWER=shape.dense_power,
         DENSE=shape.dense,
         DENSE_PADDED=shape.dense_padded,
         DENSE_STEP=shape.dense_step,
@@ -80,7 +67,7 @@ def hadamard_transform(x: Tensor, base: Tensor, hadamard_block: int, inner: int)
     out = torch.empty(rows.shape, dtype=torch.float32, device=x.device)
     if rows.shape[0]:
         shape = rotation_shape(x.shape[-1], base.shape[0], hadamard_block, inner)
-        _rotate(rows, base.contiguous(), shape, out, out, (0.0, 0.0), 0, 0, False)
+        _rotate(rows, base, shape, out, out, (0.0, 0.0), 0, 0, False)
     return out.view(x.shape)
 
 
@@ -104,7 +91,7 @@ def quantize_folded(
     factors = (clip / limit if group_size is None else clip / (limit * FOLD_MAX), clip / limit)
     if base is not None:
         shape = rotation_shape(channels, base.shape[0], hadamard_block, hadamard_inner)
-        _rotate(x, base.contiguous(), shape, operand, scale, factors, limit, group_size or 0, True)
+        _rotate(x, base, shape, operand, scale, factors, limit, group_size or 0, True)
         return operand, scale
     block = max(triton.next_power_of_2(channels), 64)
     if block > _WHOLE_ROW:

@@ -184,6 +184,7 @@ def _fused(
         SPLIT=split,
         STAGES=plan.stages,
         EVEN=row_bytes % plan.block_bytes == 0,
+        FULL=tokens % plan.block_tokens == 0,
         PTX=compiled(),
         num_warps=plan.warps,
         num_stages=plan.stages,

@@ -45,6 +45,7 @@ def packed_gemm_kernel(
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,
+    FULL: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """One tile ``[BLOCK_OUT, BLOCK_TOKENS]`` of Y^T, or one of its ``SPLIT`` parts.
@@ -74,8 +75,12 @@ def packed_gemm_kernel(
         x_pointers = operand_pointer + (x_row * in_features)[None, :] + channel[:, None]
         if EVEN:
             packed = tl.load(packed_pointers)
-            x_low = tl.load(x_pointers)
-            x_high = tl.load(x_pointers + HALF)
+            if FULL:
+                x_low = tl.load(x_pointers)
+                x_high = tl.load(x_pointers + HALF)
+            else:
+                x_low = tl.load(x_pointers, mask=(token < tokens)[None, :], other=0)
+                x_high = tl.load(x_pointers + HALF, mask=(token < tokens)[None, :], other=0)
         else:
             packed = tl.load(packed_pointers, mask=(byte < row_bytes)[None, :], other=0)
             x_low = tl.load(x_pointers, mask=(byte < row_bytes)[:, None], other=0)

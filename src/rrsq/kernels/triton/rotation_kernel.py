@@ -4,8 +4,9 @@ A token is seen as ``[DENSE, FAST]``. The rotation is ``kron(dense, sylvester(FA
 left with ``dense = kron(base, sylvester(DENSE_POWER))`` (block-diagonal where the rotation is), then one from
 the right with Sylvester's matrix. Both run on the tensor cores with ±1 matrices that stay in shared memory
 while a program walks over its tokens. 16-bit activations are exact operands of the first product; its float32
-result enters the second as the sum of two bfloat16 numbers (16 significant bits). Where the activations are
-float32 all products are too.
+result enters the second in float16, each row scaled by a power of two so that its largest magnitude lies in
+[1/2, 1): 11 significant bits, where bfloat16 activations carry 8. Where the activations are float32 all
+products are too.
 """
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
@@ -15,53 +16,13 @@ import triton.language as tl
 
 from .quantize_kernel import fold, round_to_code
 
-__all__ = ["dense_matrix_kernel", "rotation_kernel"]
+__all__ = ["rotation_kernel"]
 
 _TINY = tl.constexpr(1e-30)
-
-
-@triton.jit
-def _sylvester_sign(i, j):
-    """Entry of Sylvester's matrix: -1 to the number of common bits of ``i`` and ``j`` (below 2^16)."""
-    common = i & j
-    common ^= common >> 8
-    common ^= common >> 4
-    common ^= common >> 2
-    common ^= common >> 1
-    return 1 - 2 * (common & 1)
-
-
-@triton.jit
-def _dense_entries(
-    base_pointer, out_row, in_row, BASE: tl.constexpr, DENSE_POWER: tl.constexpr, DENSE: tl.constexpr
-):
-    """``dense[in_row, out_row]`` in float32, as ``[out_row, in_row]``; zero outside of it."""
-    ORDER: tl.constexpr = BASE * DENSE_POWER
-    i = in_row[None, :]
-    j = out_row[:, None]
-    inside = (i // ORDER == j // ORDER) & (i < DENSE) & (j < DENSE)
-    base_offset = ((i % ORDER) // DENSE_POWER) * BASE + (j % ORDER) // DENSE_POWER
-    entries = tl.load(base_pointer + base_offset, mask=inside, other=0.0).to(tl.float32)
-    return entries * _sylvester_sign(i % DENSE_POWER, j % DENSE_POWER).to(tl.float32)
-
-
-@triton.jit
-def dense_matrix_kernel(
-    base_pointer,
-    out_pointer,
-    BASE: tl.constexpr,
-    DENSE_POWER: tl.constexpr,
-    DENSE: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write the dense factor ``[PADDED, PADDED]``, transposed: for one too large to build in a program."""
-    out_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    in_row = tl.arange(0, PADDED)
-    entries = _dense_entries(base_pointer, out_row, in_row, BASE, DENSE_POWER, DENSE)
-    tl.store(
-        out_pointer + out_row[:, None] * PADDED + in_row[None, :], entries.to(out_pointer.dtype.element_ty)
-    )
+_EXPONENT = tl.constexpr(0x7F800000)
+_SMALLEST_EXPONENT = tl.constexpr(0x00800000)
+_LARGEST_EXPONENT = tl.constexpr(0x7E000000)
+_EXPONENTS = tl.constexpr(0x7E800000)
 
 
 @triton.jit
@@ -73,10 +34,24 @@ def _dot(a, b, accumulator, EXACT: tl.constexpr, COMPILED: tl.constexpr):
         return tl.dot(a, b, accumulator)
 
 
+@triton.jit
+def _to_half_range(largest):
+    """Powers of two that take ``largest`` (float32 >= 0) into [1/2, 1), and back.
+
+    Magnitudes near float32's smallest stay below, those near its largest reach 8.
+    """
+    exponent = largest.to(tl.int32, bitcast=True) & _EXPONENT
+    exponent = tl.minimum(tl.maximum(exponent, _SMALLEST_EXPONENT), _LARGEST_EXPONENT)
+    down = (-exponent + _EXPONENTS).to(tl.float32, bitcast=True)
+    up = exponent.to(tl.float32, bitcast=True) * 2.0
+    return down, up
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def rotation_kernel(
     x_pointer,
     dense_pointer,
+    fast_pointer,
     out_pointer,
     scale_pointer,
     tokens,
@@ -84,8 +59,6 @@ def rotation_kernel(
     code_factor,
     normalization,
     CHANNELS: tl.constexpr,
-    BASE: tl.constexpr,
-    DENSE_POWER: tl.constexpr,
     DENSE: tl.constexpr,
     DENSE_PADDED: tl.constexpr,
     DENSE_STEP: tl.constexpr,
@@ -100,20 +73,17 @@ def rotation_kernel(
 ):
     """Rotate tokens; with ``QUANTIZE`` write their int8 operands and scales, else float32.
 
-    ``DENSE_PADDED``: next power of two of ``DENSE``. ``DENSE_STEP`` equal to it: ``dense_pointer`` is the
-    base matrix, and the dense factor is built once a program; smaller: it is the finished factor of
-    :func:`dense_matrix_kernel`, read in steps. ``MIX_FAST``: whether columns are mixed. ``normalization``: 1
-    / sqrt(order).
+    ``dense_pointer`` and ``fast_pointer``: see :func:`.rotation_factors.rotation_factors`. ``DENSE_STEP``
+    equal to ``DENSE_PADDED``: the dense factor is read once a program; smaller: in steps, for each token.
+    ``MIX_FAST``: whether columns are mixed. ``normalization``: 1 / sqrt(order).
     """
-    dtype: tl.constexpr = x_pointer.dtype.element_ty
-    split_dtype: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
     row = tl.arange(0, DENSE_PADDED)
     column = tl.arange(0, FAST)
     WHOLE: tl.constexpr = DENSE_STEP == DENSE_PADDED
     if WHOLE:
-        dense = _dense_entries(dense_pointer, row, row, BASE, DENSE_POWER, DENSE).to(dtype)
+        dense = tl.load(dense_pointer + row[:, None] * DENSE_PADDED + row[None, :])
     if MIX_FAST:
-        fast = _sylvester_sign(column[:, None], column[None, :]).to(tl.float32).to(split_dtype)
+        fast = tl.load(fast_pointer + column[:, None] * FAST + column[None, :])
     offset = row[:, None] * FAST + column[None, :]
     for token in tl.range(tl.program_id(0), tokens, tl.num_programs(0), num_stages=STAGES if WHOLE else 1):
         start = tl.cast(token, tl.int64) * CHANNELS
@@ -122,7 +92,7 @@ def rotation_kernel(
             x = tl.load(x_pointer + start + offset, mask=(row < DENSE)[:, None], other=0.0)
             y = _dot(dense, x, y, EXACT, COMPILED)
         else:
-            for first in tl.range(0, DENSE_PADDED, DENSE_STEP, num_stages=STAGES):
+            for first in tl.range(0, DENSE, DENSE_STEP, num_stages=STAGES):
                 in_row = first + tl.arange(0, DENSE_STEP)
                 part = tl.load(dense_pointer + row[:, None] * DENSE_PADDED + in_row[None, :])
                 x = tl.load(
@@ -132,14 +102,15 @@ def rotation_kernel(
                 )
                 y = _dot(part, x, y, EXACT, COMPILED)
         if MIX_FAST:
-            high = y.to(split_dtype)
-            zero = tl.zeros([DENSE_PADDED, FAST], tl.float32)
-            mixed = _dot(high, fast, zero, EXACT, COMPILED)
-            if not EXACT:
-                low = (y - high.to(tl.float32)).to(split_dtype)
-                mixed = _dot(low, fast, mixed, EXACT, COMPILED)
-            y = mixed
-        y = y * normalization
+            mixed = tl.zeros([DENSE_PADDED, FAST], tl.float32)
+            if EXACT:
+                y = _dot(y, fast, mixed, EXACT, COMPILED) * normalization
+            else:
+                down, up = _to_half_range(tl.max(tl.abs(y), 1))
+                mixed = _dot((y * down[:, None]).to(tl.float16), fast, mixed, EXACT, COMPILED)
+                y = mixed * (up * normalization)[:, None]
+        else:
+            y = y * normalization
         if QUANTIZE:
             if GROUP > 0:
                 grouped = y.reshape(DENSE_PADDED * FAST // GROUP, GROUP)

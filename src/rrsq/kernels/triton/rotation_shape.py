@@ -9,7 +9,8 @@ from typing import TypedDict
 __all__ = ["LARGEST_DENSE", "RotationShape", "rotation_shape"]
 
 LARGEST_DENSE = 256
-_LARGEST_BUILT = 128
+_LARGEST_WHOLE = 128
+_DENSE_STEP = 64
 _LARGEST_FAST = 256
 _SMALLEST_DOT = 16
 _SMALL_TOKEN = 8192
@@ -43,12 +44,17 @@ class RotationShape:
     """Tokens on their way to shared memory."""
 
 
-def _occupancy(elements: int) -> _Occupancy:
+def _occupancy(elements: int, whole: bool) -> _Occupancy:
+    """What was fastest on an H200, by the size of a token and whether the dense factor is read at once."""
     if elements <= _SMALL_TOKEN:
         return _Occupancy(warps=4, programs=4, registers=None, stages=3)
     if elements <= 2 * _SMALL_TOKEN:
-        return _Occupancy(warps=8, programs=2, registers=128, stages=1)
-    return _Occupancy(warps=16, programs=1, registers=None, stages=1)
+        if whole:
+            return _Occupancy(warps=8, programs=2, registers=128, stages=1)
+        return _Occupancy(warps=4, programs=4, registers=None, stages=2)
+    if whole:
+        return _Occupancy(warps=16, programs=1, registers=None, stages=1)
+    return _Occupancy(warps=8, programs=1, registers=None, stages=3)
 
 
 def _padded(n: int) -> int:
@@ -60,8 +66,8 @@ def rotation_shape(channels: int, base: int, block: int, inner: int) -> Rotation
     """Factor a rotation of ``channels`` by Hadamard matrices of order ``block = base * 2^p`` over every
     ``inner``-th.
 
-    How much of the power of two joins the dense factor is what makes the products smallest: the dense one is
-    a single product, the fast one two. With ``inner`` > 1 all of the mixing is dense.
+    How much of the power of two joins the dense factor is what makes the products smallest. With ``inner`` >
+    1 all of the mixing is dense.
     """
     power = block // base
     rows = channels // (power * inner)
@@ -72,7 +78,7 @@ def rotation_shape(channels: int, base: int, block: int, inner: int) -> Rotation
         dense_power = 1
         while power // dense_power >= _SMALLEST_DOT:
             size, columns = _padded(rows * dense_power), power // dense_power
-            cost = size * columns * (size + 2 * columns)
+            cost = size * columns * (size + columns)
             if size <= LARGEST_DENSE and columns <= _LARGEST_FAST and (best is None or cost < best[0]):
                 best = cost, dense_power
             dense_power *= 2
@@ -84,15 +90,15 @@ def rotation_shape(channels: int, base: int, block: int, inner: int) -> Rotation
         fast = power // dense_power
     dense = rows * dense_power
     padded = _padded(dense)
-    elements = padded * fast
+    whole = padded <= _LARGEST_WHOLE
     return RotationShape(
         order=block,
         base=base,
         dense_power=dense_power,
         dense=dense,
         dense_padded=padded,
-        dense_step=padded if padded <= _LARGEST_BUILT else _LARGEST_BUILT // 2,
+        dense_step=padded if whole else _DENSE_STEP,
         fast=fast,
         mix_fast=inner == 1,
-        **_occupancy(elements),
+        **_occupancy(padded * fast, whole),
     )
