@@ -46,15 +46,11 @@ def both(function, *arguments, **options):
         return actual, function(*arguments, **options)
 
 
-# The fast product takes float16 of its input: half a unit of 11 bits each, summed; bfloat16 itself has 8.
-ROTATION_ERROR = 2.0**-11
-
-
-def assert_operands_match(actual, eager, code_step, differing=2e-3):
-    """Equal, but for a share of codes where the value is nearly a tie."""
+def assert_operands_match(actual, eager, code_step):
+    """Equal, but for single codes where the value is a tie."""
     difference = (actual.int() - eager.int()).abs()
     assert int(difference.max()) <= code_step
-    assert float((difference > 0).float().mean()) < differing
+    assert float((difference > 0).float().mean()) < 2e-3
 
 
 @pytest.mark.parametrize("kind", ["random", "zero_rows", "huge_token", "huge_channel"])
@@ -97,7 +93,8 @@ def test_hadamard_transform_against_float64(channels, name, block, inner, dtype,
     H = torch.kron(base.double(), sylvester(block // k, torch.float64, "cpu")) / math.sqrt(block)
     R = torch.kron(torch.eye(channels // (block * inner)).double(), torch.kron(H, torch.eye(inner).double()))
     expected = x.double().cpu() @ R
-    tolerance = 5e-6 if dtype is torch.float32 else ROTATION_ERROR
+    # Of 16-bit activations the kernel keeps 11 bits in between; their own rounding is of 8.
+    tolerance = 5e-6 if dtype is torch.float32 else 2.0**-9
     for actual in both(kernels.hadamard_transform, x, base.to(device), block, inner):
         assert actual.dtype is torch.float32
         error = (actual.double().cpu() - expected).abs().amax(1) / expected.abs().amax(1)
@@ -110,18 +107,12 @@ def test_rotate_and_quantize(channels, name, block, inner, kind, device):
     base = (hadamard_12() if name == "paley" else torch.ones(1, 1)).to(device, torch.int8)
     x = activations(3, channels, kind, torch.bfloat16, device)
     options = {"base": base, "hadamard_block": block, "hadamard_inner": inner}
-    with kernels.use_kernels("eager"):
-        exact = kernels.hadamard_transform(x.double(), base, block, inner)
     for group_size in (32, None):
         (operand, scale), (expected, expected_scale) = both(
             kernels.quantize_folded, x, 4, group_size, 0.9, **options
         )
-        torch.testing.assert_close(scale, expected_scale, rtol=ROTATION_ERROR, atol=1e-30)
-        # A multiplier that is nearly a tie changes its whole group of codes, not what they stand for.
-        assert_operands_match(operand, expected, 18, differing=0.05)
-        error = (operand.double() * scale.double()[:, None] - exact).norm()
-        eager_error = (expected.double() * expected_scale.double()[:, None] - exact).norm()
-        assert float(error) <= float(eager_error) * 1.01
+        assert torch.equal(scale, expected_scale)
+        assert torch.equal(operand, expected)
 
 
 @pytest.mark.parametrize(

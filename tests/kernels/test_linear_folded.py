@@ -51,6 +51,22 @@ def test_adversarial_inputs(plan, kind, device):
     assert relative_error(run(plan, problem), problem.expected) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("plan", [GEMV, FUSED, SPLIT, POINTERS, DESCRIPTORS], ids=lambda plan: plan.kind)
+def test_the_reference_to_the_bit(plan, device):
+    problem = make_problem(tokens_of(plan, 17), 72, 256, device=device)
+    with kernels.use_kernels("eager"):
+        expected = kernels.linear_folded(
+            problem.operand,
+            problem.scale,
+            problem.packed,
+            problem.weight_scale,
+            problem.multiplier,
+            problem.bias,
+            torch.float32,
+        )
+    assert torch.equal(run(plan, problem), expected)
+
+
 @pytest.mark.parametrize("in_features", [64, 192, 576, 960])
 @pytest.mark.parametrize("plan", [GEMV, FUSED, SPLIT, POINTERS, DESCRIPTORS], ids=lambda plan: plan.kind)
 def test_channels_that_no_block_divides(plan, in_features, device):

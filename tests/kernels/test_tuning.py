@@ -11,9 +11,10 @@ import torch
 pytest.importorskip("triton")
 
 from rrsq.errors import UsageError
+from rrsq.kernels.eager.rotation import LARGEST_FACTOR
 from rrsq.kernels.triton import tuning
 from rrsq.kernels.triton.plans import FusedPlan, GemvPlan, TwoPassPlan, plan_from_data, plan_to_data
-from rrsq.kernels.triton.rotation_shape import LARGEST_DENSE, rotation_shape
+from rrsq.kernels.triton.rotation_shape import rotation_shape
 
 CPU = torch.device("cpu")
 
@@ -74,7 +75,7 @@ def test_a_broken_cache_is_named(text):
 )
 def test_rotation_factors_multiply_to_the_token(channels, base, block, inner):
     shape = rotation_shape(channels, base, block, inner)
-    assert shape.dense * shape.fast == channels
-    assert shape.dense <= shape.dense_padded <= LARGEST_DENSE
-    assert shape.order == block
-    assert block % (shape.base * shape.dense_power) == 0
+    split = shape.split
+    assert split.dense * split.fast == channels
+    assert split.dense <= shape.dense_padded <= LARGEST_FACTOR
+    assert split.base * split.dense_power * (split.fast if split.mix_fast else 1) == block

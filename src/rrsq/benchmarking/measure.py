@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from rrsq.errors import RRSQError
 
 from .ceilings import Ceilings
-from .contenders import Contender, contenders_for
+from .contenders import Call, Contender, contenders_for
 from .problem import Problem, make_problems
 from .shapes import LinearShape
-from .timing import time_calls
+from .timing import time_in_turn
 
 __all__ = ["IncorrectResultError", "Row", "Settings", "measure"]
 
@@ -64,56 +65,84 @@ def measure(settings: Settings, ceilings: Ceilings, progress: Callable[[str], No
         for tokens in settings.tokens:
             problems = make_problems(tokens, shape, settings.device)
             library: float | None = None
-            for contender in contenders_for(list(settings.against), shape):
-                progress(f"{shape.name} {tokens} tokens: {contender.name}")
-                row = _measure_one(contender, problems, tokens, shape, settings, ceilings, library)
-                if contender.name == "cublas":
-                    library = row.microseconds
-                yield row
+            contenders = contenders_for(list(settings.against), shape)
+            for group in _groups(contenders):
+                progress(f"{shape.name} {tokens} tokens: {' and '.join(c.name for c in group)}")
+                for row in _measure_group(group, problems, shape, settings, ceilings, library):
+                    if row.name == "cublas":
+                        library = row.microseconds
+                    yield row
 
 
-def _measure_one(
-    contender: Contender,
+def _groups(contenders: list[Contender]) -> list[list[Contender]]:
+    """Contenders that are timed in turn: neighbours of the same ``turn``."""
+    numbered = enumerate(contenders)
+    keyed = itertools.groupby(numbered, key=lambda item: item[1].turn or str(item[0]))
+    return [[contender for _, contender in group] for _, group in keyed]
+
+
+def _measure_group(
+    group: list[Contender],
     problems: list[Problem],
-    tokens: int,
     shape: LinearShape,
     settings: Settings,
     ceilings: Ceilings,
     library: float | None,
-) -> Row:
-    reason = contender.unavailable(settings.device)
+) -> Iterator[Row]:
+    """Check each contender, then time those that passed in turn."""
+    tokens = problems[0].x.shape[0]
+    checked = [_check(contender, problems, tokens, shape, settings.device) for contender in group]
+    ready = [calls for calls, _ in checked if calls]
+    times = iter(time_in_turn(ready, settings.device, settings.seconds, settings.cuda_graph) if ready else [])
+    for contender, (calls, row) in zip(group, checked, strict=True):
+        yield _timed(row, contender, next(times), tokens, shape, ceilings, library) if calls else row
+
+
+def _check(
+    contender: Contender, problems: list[Problem], tokens: int, shape: LinearShape, device: torch.device
+) -> tuple[list[Call], Row]:
+    """What to time, and the row without its time; nothing to time where the contender cannot run."""
+    row = Row(shape.name, tokens, contender.name, None)
+    reason = contender.unavailable(device)
     if reason is not None:
-        return Row(shape.name, tokens, contender.name, None, reason)
-    calls = []
+        return [], replace(row, reason=reason)
+    ours = contender.name.startswith("rrsq") or contender.stage
     try:
         calls = [contender.prepare(problem) for problem in problems]
         actual = calls[0]()
     except (RuntimeError, TypeError, ImportError, AttributeError, AssertionError) as error:
-        if contender.name.startswith("rrsq"):
+        if ours:
             raise
-        return Row(shape.name, tokens, contender.name, None, str(error).splitlines()[0][:120])
+        return [], replace(row, reason=f"{type(error).__name__}: {error}".splitlines()[0][:120])
     error_size = _relative_error(actual, contender.expected(problems[0]))
     if not error_size <= contender.tolerance:
         wrong = f"off by {error_size:.2e} (allowed: {contender.tolerance:.0e})"
-        if contender.name.startswith("rrsq") or contender.stage:
+        if ours:
             raise IncorrectResultError(
                 f"{contender.name} on {shape} with {tokens} tokens is {wrong}. Its time means nothing; "
                 "please report this."
             )
-        return Row(shape.name, tokens, contender.name, None, wrong, error_size)
-    del actual
-    microseconds = time_calls(calls, settings.device, settings.seconds, settings.cuda_graph)
+        return [], replace(row, reason=wrong, error=error_size)
+    return calls, replace(row, error=error_size)
+
+
+def _timed(
+    row: Row,
+    contender: Contender,
+    microseconds: float,
+    tokens: int,
+    shape: LinearShape,
+    ceilings: Ceilings,
+    library: float | None,
+) -> Row:
     seconds = microseconds / 1e6
     operations = 0.0 if contender.stage else 2.0 * tokens * shape.in_features * shape.out_features
     size = _bytes(contender, tokens, shape)
     rate = ceilings.bf16_operations_per_second * (1 if contender.name == "cublas" else 2)
     floor = max(operations / rate, size / ceilings.bytes_per_second)
-    return Row(
-        shape.name,
-        tokens,
-        contender.name,
-        microseconds,
-        error=error_size,
+    return replace(
+        row,
+        microseconds=microseconds,
         ratio=None if contender.stage else (library or microseconds) / microseconds,
         teraflops=operations / seconds / 1e12 or None,
         gigabytes_per_second=size / seconds / 1e9,

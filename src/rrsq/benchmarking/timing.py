@@ -8,49 +8,66 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["time_calls"]
+__all__ = ["time_calls", "time_in_turn"]
+
+Calls = Sequence[Callable[[], object]]
 
 _WARM_UP_SECONDS = 0.05
 _LEAST_REPEATS = 7
 _MOST_REPEATS = 100
 
 
-def time_calls(
-    calls: Sequence[Callable[[], object]], device: torch.device, seconds: float, cuda_graph: bool
-) -> float:
-    """Median time of one call, in microseconds.
+def time_calls(calls: Calls, device: torch.device, seconds: float, cuda_graph: bool) -> float:
+    """Median time of one call, in microseconds; see :func:`time_in_turn`."""
+    return time_in_turn([calls], device, seconds, cuda_graph)[0]
 
-    ``calls`` do the same work on different buffers, so that together they are larger than the caches; they
-    are run in turn, and one measurement is all of them divided by their number.
+
+def time_in_turn(
+    contenders: Sequence[Calls], device: torch.device, seconds: float, cuda_graph: bool
+) -> list[float]:
+    """Median time of one call of each contender, in microseconds.
+
+    The calls of a contender do the same work on different buffers, so that together they are larger than the
+    caches; they are run in turn, and one measurement is all of them divided by their number. Contenders are
+    measured alternately, so that a clock that moves with heat and power moves for all of them: small
+    differences between them show.
 
     Args:
-        calls: the work; every call is run once before anything is measured.
-        device: where it runs.
-        seconds: about how long to measure.
+        contenders: calls; the first two of each are run once before anything is measured.
+        device: where they run.
+        seconds: about how long to measure each contender.
         cuda_graph: capture the calls in a CUDA graph and time its replays, which hides launch costs as a
             serving engine does. Ignored on CPUs.
     """
     if device.type == "cuda":
-        return _time_on_cuda(calls, seconds, cuda_graph)
+        measures = [_cuda_measure(calls, cuda_graph) for calls in contenders]
+    else:
+        measures = [_cpu_measure(calls) for calls in contenders]
+    first = sum(measure() for measure in measures) / len(measures)
+    repeats = min(max(int(seconds * 1e6 / max(first, 1.0)), _LEAST_REPEATS), _MOST_REPEATS)
+    rounds = [[measure() for measure in measures] for _ in range(repeats)]
+    return [
+        statistics.median(times) / len(calls)
+        for times, calls in zip(zip(*rounds, strict=True), contenders, strict=True)
+    ]
+
+
+def _cpu_measure(calls: Calls) -> Callable[[], float]:
+    """Microseconds of all calls, by the clock."""
     for call in calls[:2]:
         call()
-    return _median(lambda: _clock(calls), seconds) / len(calls)
+
+    def measure() -> float:
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - start) * 1e6
+
+    return measure
 
 
-def _clock(calls: Sequence[Callable[[], object]]) -> float:
-    start = time.perf_counter()
-    for call in calls:
-        call()
-    return (time.perf_counter() - start) * 1e6
-
-
-def _median(measure: Callable[[], float], seconds: float) -> float:
-    first = measure()
-    repeats = min(max(int(seconds * 1e6 / max(first, 1.0)), _LEAST_REPEATS), _MOST_REPEATS)
-    return statistics.median([measure() for _ in range(repeats)])
-
-
-def _time_on_cuda(calls: Sequence[Callable[[], object]], seconds: float, cuda_graph: bool) -> float:
+def _cuda_measure(calls: Calls, cuda_graph: bool) -> Callable[[], float]:
+    """Microseconds of all calls, by the device's events."""
     stop = time.perf_counter() + _WARM_UP_SECONDS
     while True:
         for call in calls:
@@ -68,10 +85,10 @@ def _time_on_cuda(calls: Sequence[Callable[[], object]], seconds: float, cuda_gr
         torch.cuda.synchronize()
         return start.elapsed_time(end) * 1e3
 
-    return _median(measure, seconds) / len(calls)
+    return measure
 
 
-def _captured(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+def _captured(calls: Calls) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:

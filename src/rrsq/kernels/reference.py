@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .eager import activation, hadamard, linear, packing
+from .eager import activation, hadamard, linear, packing, rotation
 
 __all__ = [
     "hadamard_transform",
@@ -27,10 +27,6 @@ def hadamard_transform(x: Tensor, base: Tensor, hadamard_block: int, inner: int)
     return rotated.transpose(-1, -2).reshape(x.shape)
 
 
-def _rotated(x: Tensor, base: Tensor | None, hadamard_block: int, inner: int) -> Tensor:
-    return x if base is None else hadamard_transform(x, base, hadamard_block, inner)
-
-
 def quantize_folded(
     x: Tensor,
     bits: int,
@@ -41,9 +37,9 @@ def quantize_folded(
     hadamard_inner: int,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`rrsq.kernels.quantize_folded`."""
-    return activation.quantize_folded(
-        _rotated(x, base, hadamard_block, hadamard_inner), bits, group_size, clip
-    )
+    if base is not None:
+        x = rotation.rotate_reproducibly(x, base, hadamard_block, hadamard_inner)
+    return activation.quantize_folded(x, bits, group_size, clip)
 
 
 def quantize_smoothed(
@@ -59,8 +55,9 @@ def quantize_smoothed(
     hadamard_inner: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`rrsq.kernels.quantize_smoothed`."""
-    rotated = _rotated(x, base, hadamard_block, hadamard_inner)
-    return activation.quantize_smoothed(rotated, bits, group_size, scope, statistic, clip, channel_order)
+    if base is not None:
+        x = hadamard_transform(x, base, hadamard_block, hadamard_inner)
+    return activation.quantize_smoothed(x, bits, group_size, scope, statistic, clip, channel_order)
 
 
 def weight_operand(packed: Tensor, multiplier: Tensor | None) -> Tensor:

@@ -128,13 +128,8 @@ class InputQuantizer(nn.Module):
         rows = x.reshape(-1, scheme.channels)
         if scheme.bits == 16 or scheme.simulated:
             return FloatInput(self.simulate(rows).to(x.dtype))
-        rotation: tuple[Tensor | None, int, int] = (None, 0, 1)
-        if self.rotation is not None:
-            rotation = self.rotation.base(rows.device), self.rotation.plan.block, self.rotation.inner
         if scheme.group_size is None or scheme.fold:
-            return FoldedInput(
-                *kernels.quantize_folded(rows, scheme.bits, scheme.group_size, scheme.clip, *rotation)
-            )
+            return self._folded(rows)
         codes, scale, group_scale = kernels.quantize_smoothed(
             rows,
             scheme.bits,
@@ -143,21 +138,34 @@ class InputQuantizer(nn.Module):
             scheme.statistic,
             scheme.clip,
             self.channel_order,
-            *rotation,
+            *self._rotation_arguments(rows.device),
         )
         size = kernels.tokens_per_set(scheme.scope, rows.shape[0])
         return SmoothedInput(codes, scale, group_scale, size)
 
+    def _rotation_arguments(self, device: torch.device) -> tuple[Tensor | None, int, int]:
+        rotation = self.rotation
+        return (
+            (None, 0, 1) if rotation is None else (rotation.base(device), rotation.plan.block, rotation.inner)
+        )
+
+    def _folded(self, rows: Tensor) -> FoldedInput:
+        scheme = self.scheme
+        rotation = self._rotation_arguments(rows.device)
+        return FoldedInput(
+            *kernels.quantize_folded(rows, scheme.bits, scheme.group_size, scheme.clip, *rotation)
+        )
+
     def simulate(self, x: Tensor) -> Tensor:
         """What the quantized input stands for: float32 ``[..., channels]`` in the original channel order."""
         scheme = self.scheme
+        if scheme.bits != 16 and (scheme.group_size is None or scheme.fold):
+            folded = self._folded(x.reshape(-1, scheme.channels))
+            return (folded.operand.float() * folded.scale.unsqueeze(1)).view(x.shape)
         x = x.float() if self.rotation is None else self.rotation(x.float())
-        if scheme.bits == 16:
+        if scheme.bits == 16 or scheme.group_size is None:
             return x
         rows = x.reshape(-1, scheme.channels)
-        if scheme.group_size is None or scheme.fold:
-            operand, scale = kernels.quantize_folded(rows, scheme.bits, scheme.group_size, scheme.clip)
-            return (operand.float() * scale.unsqueeze(1)).view(x.shape)
         order = rows.abs().amax(0).argsort() if scheme.simulated else self.channel_order
         codes, scale, group_scale = kernels.quantize_smoothed(
             rows, scheme.bits, scheme.group_size, scheme.scope, scheme.statistic, scheme.clip, order

@@ -8,6 +8,7 @@ keys and values.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -19,8 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..kernels.eager.cache import decode_cache, encode_cache
-from ..rotation.hadamard import plan_hadamard
-from .rotation import OnlineHadamard
+from ..rotation.hadamard import orthonormal, plan_hadamard
 
 __all__ = ["CacheScheme", "KVQuantizer", "QuantizedCacheLayer"]
 
@@ -36,6 +36,17 @@ class CacheScheme:
     offset: bool
 
 
+@functools.lru_cache(maxsize=16)
+def _head_rotation(head_dim: int, device: torch.device) -> Tensor:
+    """The Hadamard matrix over ``head_dim``, orthonormal, float32.
+
+    Small enough to be multiplied by as it is, by the same product whichever kernels run the linears: a code
+    that fell to the other side of a rounding boundary would change all later tokens.
+    """
+    with torch.inference_mode(False):
+        return orthonormal(plan_hadamard(head_dim), torch.float32).to(device)
+
+
 class CacheTensorQuantizer(nn.Module):
     """Encodes and decodes keys or values of one layer, ``[batch, kv_heads, tokens, head_dim]``."""
 
@@ -45,7 +56,7 @@ class CacheTensorQuantizer(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.group_size = math.gcd(scheme.group_size, head_dim)
-        self.rotation = OnlineHadamard(plan_hadamard(head_dim)) if scheme.rotate else None
+        self.head_dim = head_dim
         self.register_buffer("offset", torch.zeros(kv_heads, head_dim) if scheme.offset else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -62,7 +73,9 @@ class CacheTensorQuantizer(nn.Module):
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Codes, scales and minima of ``x``, from which its offset has been taken."""
-        x = x.float() if self.rotation is None else self.rotation(x.float())
+        x = x.float()
+        if self.scheme.rotate:
+            x = x @ _head_rotation(self.head_dim, x.device)
         codes, scale, minimum = encode_cache(x, self.scheme.bits, self.group_size, self.scheme.zero_point)
         stored = {"codes": codes, "scale": scale}
         return stored if minimum is None else {**stored, "minimum": minimum}
@@ -70,7 +83,7 @@ class CacheTensorQuantizer(nn.Module):
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         """float32 ``[batch, kv_heads, tokens, head_dim]``, without the offset."""
         x = decode_cache(stored["codes"], stored["scale"], stored.get("minimum"), self.scheme.bits)
-        return x if self.rotation is None else self.rotation.inverse(x)
+        return x @ _head_rotation(self.head_dim, x.device).t() if self.scheme.rotate else x
 
 
 class KVQuantizer(nn.Module):

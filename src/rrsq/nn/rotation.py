@@ -16,7 +16,8 @@ __all__ = ["OnlineHadamard", "RotatedLinear"]
 @lru_cache(maxsize=64)
 def _shared_base(plan: HadamardPlan, device: torch.device) -> Tensor:
     """One tensor for all layers: kernels keep what they derive from it by the tensor."""
-    return base_matrix(plan).to(device)
+    with torch.inference_mode(False):
+        return base_matrix(plan).to(device)
 
 
 class OnlineHadamard(nn.Module):

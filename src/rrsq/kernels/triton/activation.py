@@ -9,11 +9,11 @@ import triton
 from torch import Tensor
 
 from ..eager.activation import FOLD_MAX, TINY, code_max, tokens_per_set
-from .device import compiled, processors
+from .device import processors
 from .quantize_kernel import quantize_folded_kernel, quantize_smoothed_kernel, smoothing_statistic_kernel
 from .rotation_factors import rotation_factors
 from .rotation_kernel import rotation_kernel
-from .rotation_shape import RotationShape, rotation_shape
+from .rotation_shape import rotation_shape
 
 __all__ = ["hadamard_transform", "quantize_folded", "quantize_smoothed"]
 
@@ -23,7 +23,8 @@ _WHOLE_ROW = 16384
 def _rotate(
     x: Tensor,
     base: Tensor,
-    shape: RotationShape,
+    hadamard_block: int,
+    inner: int,
     out: Tensor,
     scale: Tensor,
     factors: tuple[float, float],
@@ -31,7 +32,10 @@ def _rotate(
     group_size: int,
     quantize: bool,
 ) -> None:
-    dense, fast = rotation_factors(base, shape, x.dtype)
+    shape = rotation_shape(x.shape[1], base.shape[0], hadamard_block, inner)
+    split = shape.split
+    exact = not quantize and x.dtype == torch.float32
+    dense, fast = rotation_factors(base, shape, torch.float32 if exact else torch.float16)
     tokens = x.shape[0]
     limit = {} if shape.registers is None else {"maxnreg": shape.registers}
     rotation_kernel[(min(tokens, shape.programs * processors(x.device)),)](
@@ -43,20 +47,20 @@ def _rotate(
         tokens,
         factors[0],
         factors[1],
-        1.0 / math.sqrt(shape.order),
+        1.0 / math.sqrt(hadamard_block),
         CHANNELS=x.shape[1],
-        DENSE=shape.dense,
+        DENSE=split.dense,
         DENSE_PADDED=shape.dense_padded,
         DENSE_STEP=shape.dense_step,
-        FAST=shape.fast,
-        MIX_FAST=shape.mix_fast,
+        FAST=split.fast,
+        MIX_FAST=split.mix_fast,
         CODE_MAX=code_limit,
         GROUP=group_size,
         QUANTIZE=quantize,
-        EXACT=x.dtype == torch.float32,
-        COMPILED=compiled(),
+        EXACT=exact,
         STAGES=shape.stages,
         num_warps=shape.warps,
+        enable_fp_fusion=False,
         **limit,
     )
 
@@ -66,8 +70,7 @@ def hadamard_transform(x: Tensor, base: Tensor, hadamard_block: int, inner: int)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty(rows.shape, dtype=torch.float32, device=x.device)
     if rows.shape[0]:
-        shape = rotation_shape(x.shape[-1], base.shape[0], hadamard_block, inner)
-        _rotate(rows, base, shape, out, out, (0.0, 0.0), 0, 0, False)
+        _rotate(rows, base, hadamard_block, inner, out, out, (0.0, 0.0), 0, 0, False)
     return out.view(x.shape)
 
 
@@ -90,8 +93,8 @@ def quantize_folded(
     limit = code_max(bits)
     factors = (clip / limit if group_size is None else clip / (limit * FOLD_MAX), clip / limit)
     if base is not None:
-        shape = rotation_shape(channels, base.shape[0], hadamard_block, hadamard_inner)
-        _rotate(x, base, shape, operand, scale, factors, limit, group_size or 0, True)
+        rotation = (base, hadamard_block, hadamard_inner)
+        _rotate(x, *rotation, operand, scale, factors, limit, group_size or 0, True)
         return operand, scale
     block = max(triton.next_power_of_2(channels), 64)
     if block > _WHOLE_ROW:
@@ -107,6 +110,7 @@ def quantize_folded(
         GROUP=group_size or 0,
         BLOCK=block,
         BLOCKS=triton.cdiv(channels, block),
+        enable_fp_fusion=False,
         num_warps=min(max(block // 1024, 1), 16),
     )
     return operand, scale

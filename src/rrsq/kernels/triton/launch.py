@@ -1,4 +1,8 @@
-"""Launching the kernels with a given plan: grids, strides, alignment."""
+"""Launching the kernels with a given plan: grids, strides, alignment.
+
+Without ``enable_fp_fusion`` a product and a sum are rounded one after the other, as in the reference, so that
+the results are the reference's to the bit.
+"""
 
 from __future__ import annotations
 
@@ -138,6 +142,7 @@ def _gemv(
         CHUNKS=plan.chunks,
         CHUNK_WORDS=_chunk_words(group_size),
         PTX=compiled(),
+        enable_fp_fusion=False,
         num_warps=plan.warps,
     )
 
@@ -186,6 +191,7 @@ def _fused(
         EVEN=row_bytes % plan.block_bytes == 0,
         FULL=tokens % plan.block_tokens == 0,
         PTX=compiled(),
+        enable_fp_fusion=False,
         num_warps=plan.warps,
         num_stages=plan.stages,
     )
@@ -223,6 +229,7 @@ def int8_gemm(
             BLOCK_OUT=plan.block_out,
             BLOCK_IN=plan.block_in,
             GROUP_TILES=plan.group_tiles,
+            enable_fp_fusion=False,
             num_warps=plan.warps,
             num_stages=plan.stages,
         )
@@ -243,6 +250,7 @@ def int8_gemm(
             BLOCK_IN=plan.block_in,
             GROUP_TILES=plan.group_tiles,
             EVEN=in_features % plan.block_in == 0,
+            enable_fp_fusion=False,
             num_warps=plan.warps,
             num_stages=plan.stages,
         )

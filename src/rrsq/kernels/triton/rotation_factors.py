@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..eager.hadamard import sylvester
+from ..eager.rotation import dense_factor
 from .rotation_shape import RotationShape
 
 __all__ = ["rotation_factors"]
@@ -24,11 +25,11 @@ def rotation_factors(base: Tensor, shape: RotationShape, dtype: torch.dtype) -> 
     Args:
         base: ``[k, k]`` of ±1.
         shape: how the rotation is factored.
-        dtype: of the activations.
+        dtype: what the products take.
 
     Returns:
-        ``dense`` ``[dense_padded, dense_padded]`` in ``dtype``, transposed and padded with zeros; ``fast``
-        ``[fast, fast]`` in float16, or in float32 where the activations are.
+        ``dense`` ``[dense_padded, dense_padded]``, transposed and padded with zeros, and ``fast`` ``[fast,
+        fast]``, both in ``dtype``.
     """
     known: dict[tuple[RotationShape, torch.dtype], _Factors] = _cache.setdefault(base, {})
     key = (shape, dtype)
@@ -45,9 +46,8 @@ def rotation_factors(base: Tensor, shape: RotationShape, dtype: torch.dtype) -> 
 
 
 def _make(base: Tensor, shape: RotationShape, dtype: torch.dtype) -> _Factors:
-    mixing = torch.kron(base.float(), sylvester(shape.dense_power, torch.float32, base.device))
-    blocks = shape.dense // mixing.shape[0]
+    split = shape.split
+    mixing = dense_factor(base, split)
     dense = base.new_zeros(shape.dense_padded, shape.dense_padded, dtype=dtype)
-    dense[: shape.dense, : shape.dense] = torch.block_diag(*[mixing.t()] * blocks)
-    fast_dtype = torch.float32 if dtype == torch.float32 else torch.float16
-    return dense, sylvester(shape.fast, fast_dtype, base.device)
+    dense[: split.dense, : split.dense] = torch.block_diag(*[mixing.t()] * (split.dense // mixing.shape[0]))
+    return dense, sylvester(split.fast, dtype, base.device)

@@ -3,10 +3,9 @@
 A token is seen as ``[DENSE, FAST]``. The rotation is ``kron(dense, sylvester(FAST))``: a product from the
 left with ``dense = kron(base, sylvester(DENSE_POWER))`` (block-diagonal where the rotation is), then one from
 the right with Sylvester's matrix. Both run on the tensor cores with ±1 matrices that stay in shared memory
-while a program walks over its tokens. 16-bit activations are exact operands of the first product; its float32
-result enters the second in float16, each row scaled by a power of two so that its largest magnitude lies in
-[1/2, 1): 11 significant bits, where bfloat16 activations carry 8. Where the activations are float32 all
-products are too.
+while a program walks over its tokens. Operands are float16, rounded as :mod:`..eager.rotation` defines, so
+that the sums are exact and the results the reference's. With ``EXACT`` they are float32 and nothing is
+rounded.
 """
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
@@ -19,32 +18,36 @@ from .quantize_kernel import fold, round_to_code
 __all__ = ["rotation_kernel"]
 
 _TINY = tl.constexpr(1e-30)
-_EXPONENT = tl.constexpr(0x7F800000)
-_SMALLEST_EXPONENT = tl.constexpr(0x00800000)
-_LARGEST_EXPONENT = tl.constexpr(0x7E000000)
-_EXPONENTS = tl.constexpr(0x7E800000)
+_EXPONENT_BITS = tl.constexpr(0x7F800000)
+_SMALLEST_EXPONENT = tl.constexpr(1 << 23)
+_LARGEST_EXPONENT = tl.constexpr(244 << 23)
+_EXPONENTS = tl.constexpr(245 << 23)
+_NINE = tl.constexpr(9 << 23)
 
 
 @triton.jit
-def _dot(a, b, accumulator, EXACT: tl.constexpr, COMPILED: tl.constexpr):
-    """``a @ b + accumulator``; Triton's interpreter has no bfloat16 product, and gets the same in float32."""
-    if EXACT or not COMPILED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+def _dot(a, b, accumulator, EXACT: tl.constexpr):
+    if EXACT:
+        return tl.dot(a, b, accumulator, input_precision="ieee")
     else:
         return tl.dot(a, b, accumulator)
 
 
 @triton.jit
 def _to_half_range(largest):
-    """Powers of two that take ``largest`` (float32 >= 0) into [1/2, 1), and back.
-
-    Magnitudes near float32's smallest stay below, those near its largest reach 8.
-    """
-    exponent = largest.to(tl.int32, bitcast=True) & _EXPONENT
+    """Powers of two that take ``largest`` (float32 >= 0) into [2^-9, 2^-8), and back."""
+    exponent = largest.to(tl.int32, bitcast=True) & _EXPONENT_BITS
     exponent = tl.minimum(tl.maximum(exponent, _SMALLEST_EXPONENT), _LARGEST_EXPONENT)
     down = (-exponent + _EXPONENTS).to(tl.float32, bitcast=True)
-    up = exponent.to(tl.float32, bitcast=True) * 2.0
+    up = (exponent + _NINE).to(tl.float32, bitcast=True)
     return down, up
+
+
+@triton.jit
+def _load_rows(pointer, row, column, DENSE: tl.constexpr, FAST: tl.constexpr):
+    """Rows of a token, float32, zeros past the last."""
+    x = tl.load(pointer + row[:, None] * FAST + column[None, :], mask=(row < DENSE)[:, None], other=0.0)
+    return x.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -68,7 +71,6 @@ def rotation_kernel(
     GROUP: tl.constexpr,
     QUANTIZE: tl.constexpr,
     EXACT: tl.constexpr,
-    COMPILED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Rotate tokens; with ``QUANTIZE`` write their int8 operands and scales, else float32.
@@ -78,6 +80,7 @@ def rotation_kernel(
     ``MIX_FAST``: whether columns are mixed. ``normalization``: 1 / sqrt(order).
     """
     row = tl.arange(0, DENSE_PADDED)
+    step_row = tl.arange(0, DENSE_STEP)
     column = tl.arange(0, FAST)
     WHOLE: tl.constexpr = DENSE_STEP == DENSE_PADDED
     if WHOLE:
@@ -89,28 +92,39 @@ def rotation_kernel(
         start = tl.cast(token, tl.int64) * CHANNELS
         y = tl.zeros([DENSE_PADDED, FAST], tl.float32)
         if WHOLE:
-            x = tl.load(x_pointer + start + offset, mask=(row < DENSE)[:, None], other=0.0)
-            y = _dot(dense, x, y, EXACT, COMPILED)
+            x = _load_rows(x_pointer + start, row, column, DENSE, FAST)
+            if EXACT:
+                y = _dot(dense, x, y, EXACT)
+            else:
+                down, up = _to_half_range(tl.max(tl.max(tl.abs(x), 1), 0))
+                y = _dot(dense, (x * down).to(tl.float16), y, EXACT)
         else:
+            largest = tl.zeros([DENSE_STEP], tl.float32)
+            if not EXACT:
+                for first in tl.range(0, DENSE, DENSE_STEP, num_stages=STAGES):
+                    x = _load_rows(x_pointer + start, first + step_row, column, DENSE, FAST)
+                    largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+            down, up = _to_half_range(tl.max(largest, 0))
             for first in tl.range(0, DENSE, DENSE_STEP, num_stages=STAGES):
-                in_row = first + tl.arange(0, DENSE_STEP)
+                in_row = first + step_row
                 part = tl.load(dense_pointer + row[:, None] * DENSE_PADDED + in_row[None, :])
-                x = tl.load(
-                    x_pointer + start + in_row[:, None] * FAST + column[None, :],
-                    mask=(in_row < DENSE)[:, None],
-                    other=0.0,
-                )
-                y = _dot(part, x, y, EXACT, COMPILED)
+                x = _load_rows(x_pointer + start, in_row, column, DENSE, FAST)
+                if EXACT:
+                    y = _dot(part, x, y, EXACT)
+                else:
+                    y = _dot(part, (x * down).to(tl.float16), y, EXACT)
         if MIX_FAST:
             mixed = tl.zeros([DENSE_PADDED, FAST], tl.float32)
             if EXACT:
-                y = _dot(y, fast, mixed, EXACT, COMPILED) * normalization
+                y = _dot(y, fast, mixed, EXACT) * normalization
             else:
-                down, up = _to_half_range(tl.max(tl.abs(y), 1))
-                mixed = _dot((y * down[:, None]).to(tl.float16), fast, mixed, EXACT, COMPILED)
-                y = mixed * (up * normalization)[:, None]
-        else:
+                row_down, row_up = _to_half_range(tl.max(tl.abs(y), 1))
+                mixed = _dot((y * row_down[:, None]).to(tl.float16), fast, mixed, EXACT)
+                y = mixed * (up * row_up * normalization)[:, None]
+        elif EXACT:
             y = y * normalization
+        else:
+            y = y * (up * normalization)
         if QUANTIZE:
             if GROUP > 0:
                 grouped = y.reshape(DENSE_PADDED * FAST // GROUP, GROUP)
