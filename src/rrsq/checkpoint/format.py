@@ -51,6 +51,7 @@ class RotationInfo(_Part):
     """The rotations of a checkpoint; see :class:`rrsq.rotation.rotations.Rotations`."""
 
     residual: PlanInfo | None = None
+    residual_online: PlanInfo | None = None
     head: PlanInfo | None = None
     across_heads: PlanInfo | None = None
     intermediate: PlanInfo | None = None
@@ -62,11 +63,15 @@ class RotationInfo(_Part):
         def randomized(info: PlanInfo | None) -> RandomizedHadamard | None:
             return None if info is None else RandomizedHadamard(torch.ones(info.size), info.plan())
 
+        def plan(info: PlanInfo | None) -> HadamardPlan | None:
+            return None if info is None else info.plan()
+
         return Rotations(
             residual=randomized(self.residual),
+            residual_online=plan(self.residual_online),
             head=randomized(self.head),
-            across_heads=None if self.across_heads is None else self.across_heads.plan(),
-            intermediate=None if self.intermediate is None else self.intermediate.plan(),
+            across_heads=plan(self.across_heads),
+            intermediate=plan(self.intermediate),
         )
 
 

@@ -37,13 +37,11 @@ def family_for(config: Any) -> ModelFamily:
     if family is None:
         raise UnsupportedArchitectureError(
             f"The architecture '{model_type}' is not supported. Supported: {', '.join(sorted(_FAMILIES))}."
-            " A family is one short file: see src/rrsq/models/llama.py."
+            " A family is one short file: docs/adding-a-model.md shows how to add one."
         )
-    windows = {kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"}
-    if windows or (getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None)):
-        raise UnsupportedArchitectureError(
-            f"This {model_type} model uses sliding-window attention, which is not supported yet."
-        )
+    reason = family.not_covered(config)
+    if reason is not None:
+        raise UnsupportedArchitectureError(f"This {model_type} model is not supported: {reason}.")
     return family
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,12 +11,14 @@ from ..models import LinearInput, ModelFamily, ModelSizes
 from ..nn.input import InputQuantizer
 from ..nn.kv_cache import CacheScheme, KVQuantizer
 from ..nn.linear import QuantizedLinear
-from ..nn.rotation import OnlineHadamard
-from ..recipe import CacheTensor, KVCache, Recipe
+from ..nn.rope import KeyRotary
+from ..nn.rotation import RotatedLinear
+from ..recipe import CacheTensor, KVCache
+from ..rotation.online import online_rotation
 from ..rotation.rotations import Rotations
-from .scheme import group_size_for, input_scheme
+from .scheme import Treatment, group_size_for, input_scheme
 
-__all__ = ["RotationSigns", "attach_kv_quantizer", "input_rotation", "quantize_input_modules"]
+__all__ = ["RotationSigns", "attach_kv_quantizer", "key_rotary", "quantize_input_modules"]
 
 
 class RotationSigns(nn.Module):
@@ -28,38 +32,36 @@ class RotationSigns(nn.Module):
             self.register_buffer(f"{name}_signs", signs)
 
 
-def input_rotation(entry: LinearInput, rotations: Rotations, sizes: ModelSizes) -> OnlineHadamard | None:
-    """The online rotation of an input, or None."""
-    if entry.name == "o" and rotations.across_heads is not None:
-        return OnlineHadamard(rotations.across_heads, inner=sizes.head_dim)
-    if entry.name == "down" and rotations.intermediate is not None:
-        return OnlineHadamard(rotations.intermediate)
-    return None
-
-
 def quantize_input_modules(
-    layer: nn.Module, entry: LinearInput, recipe: Recipe, rotations: Rotations, sizes: ModelSizes
+    layer: nn.Module, entry: LinearInput, how: Treatment, rotations: Rotations
 ) -> dict[str, QuantizedLinear]:
-    """Replace the linears of one input by empty quantized ones and give their parent the input's quantizer.
+    """Replace linears of one input by empty quantized ones and give their parent the input's quantizer.
+
+    Linears that stay in full precision are put behind the input's online rotation, if they are not yet.
 
     Returns:
         The new linears by name. Their weights are zero until set or loaded.
     """
-    parent = layer.get_submodule(entry.parent)
-    quantizer = InputQuantizer(
-        input_scheme(recipe, entry, sizes),
-        input_rotation(entry, rotations, sizes),
-        consumers=len(entry.linears),
-    )
+    parent: Any = layer.get_submodule(entry.parent)
+    originals: dict[str, Any] = {name: getattr(parent, name) for name in entry.linears}
+    channels = originals[entry.linears[0]].weight.shape[1]
+    rotation = online_rotation(entry, rotations, channels)
+    for name in entry.linears:
+        linear = originals[name]
+        if name not in how.linears and rotation is not None and not isinstance(linear, RotatedLinear):
+            setattr(parent, name, RotatedLinear(rotation, linear))
+    if not how.linears:
+        return {}
+    scheme = input_scheme(how.activations, entry, channels)
+    quantizer = InputQuantizer(scheme, rotation, consumers=len(how.linears))
     setattr(parent, entry.quantizer_name, quantizer)
     replaced = {}
-    for name in entry.linears:
-        linear = getattr(parent, name)
-        out_features, in_features = linear.weight.shape
+    for name in how.linears:
+        linear = originals[name]
         replaced[name] = QuantizedLinear(
-            in_features,
-            out_features,
-            group_size=group_size_for(recipe.weights.group_size, in_features),
+            channels,
+            linear.weight.shape[0],
+            group_size=group_size_for(how.weights.group_size, channels),
             bias=linear.bias is not None,
             input_quantizer=quantizer,
             dtype=linear.weight.dtype,
@@ -68,8 +70,24 @@ def quantize_input_modules(
     return replaced
 
 
+def key_rotary(model: nn.Module, family: ModelFamily, index: int) -> KeyRotary | None:
+    """RoPE as the attention of one layer applies it, or None where there is none."""
+    if family.rotary is None:
+        return None
+    module = model.get_submodule(family.rotary)
+    if not family.rotary_by_layer_type:
+        return KeyRotary(module)
+    config: Any = model.config
+    return KeyRotary(module, layer_type=config.layer_types[index])
+
+
 def attach_kv_quantizer(
-    layer: nn.Module, family: ModelFamily, cache: KVCache, sizes: ModelSizes, rotary: nn.Module, key_bits: int
+    layer: nn.Module,
+    family: ModelFamily,
+    cache: KVCache,
+    sizes: ModelSizes,
+    rotary: KeyRotary | None,
+    key_bits: int,
 ) -> KVQuantizer:
     """Give a decoder layer's attention a quantized KV cache; ``key_bits`` overrides the recipe's."""
     quantizer = KVQuantizer(

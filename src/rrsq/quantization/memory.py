@@ -12,6 +12,7 @@ from torch import nn
 from ..models import family_for
 from ..recipe import Recipe
 from .report import QuantizationReport
+from .scheme import treatment
 
 __all__ = ["PeakMemory", "least_checkpoint_bytes", "weight_bytes"]
 
@@ -29,13 +30,17 @@ def least_checkpoint_bytes(model: nn.Module, recipe: Recipe) -> int:
     family = family_for(model.config)
     parameters = dict(model.named_parameters())
     total = sum(tensor.numel() * tensor.element_size() for tensor in parameters.values())
-    if f"{family.head}.weight" not in parameters and recipe.rotation is not None:
+    if f"{family.head}.weight" not in parameters and recipe.rotation is not None and family.folds_residual:
         embedding = parameters[f"{family.embedding}.weight"]
         total += embedding.numel() * embedding.element_size()
-    if recipe.weights.bits == 4:
-        linears = [f".{entry.parent}.{name}.weight" for entry in family.inputs for name in entry.linears]
-        quantized = [tensor for name, tensor in parameters.items() if name.endswith(tuple(linears))]
-        total -= sum(tensor.numel() * tensor.element_size() - tensor.numel() // 2 for tensor in quantized)
+    for index in range(family.sizes(model.config).layers):
+        name = family.layer_name(index)
+        for entry in family.inputs:
+            quantized = treatment(recipe, name, entry).linears
+            for linear, path in zip(entry.linears, entry.linear_paths, strict=True):
+                if linear in quantized:
+                    tensor = parameters[f"{name}.{path}.weight"]
+                    total -= tensor.numel() * tensor.element_size() - tensor.numel() // 2
     return total
 
 

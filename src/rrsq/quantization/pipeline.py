@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.statistics import InputStatistics, MeanStatistics
-from ..calibration.stream import HiddenStates, collect_inputs, collect_means
-from ..errors import NonFiniteError, RecipeError
-from ..models import LinearInput, ModelFamily, ModelSizes, family_for
+from ..calibration.stream import HiddenStates, collect_cache_means, collect_inputs
+from ..models import LinearInput, ModelFamily, family_for
 from ..nn.linear import QuantizedLinear
+from ..nn.rope import KeyRotary
 from ..recipe import Recipe
 from ..rotation.fold import fold_embedding, fold_head, fold_layer, untie_head
 from ..rotation.rotations import Rotations, make_rotations
-from .assemble import RotationSigns, attach_kv_quantizer, quantize_input_modules
+from .assemble import RotationSigns, attach_kv_quantizer, key_rotary, quantize_input_modules
+from .checks import check_finite, check_rope
 from .memory import PeakMemory, weight_bytes
 from .report import LayerReport, QuantizationReport
+from .scheme import check_patterns, sections, treatment
 from .weights import quantize_weight
 
 __all__ = ["QuantizedModel", "needs_calibration", "quantize_model"]
@@ -49,8 +51,10 @@ class QuantizedModel:
 
 def needs_calibration(recipe: Recipe) -> bool:
     """Whether the recipe needs calibration text: GPTQ, a stored channel order or cache offsets do."""
-    smoothing = recipe.activations.smoothing
-    ordered = smoothing is not None and smoothing.channel_order == "calibrated"
+    ordered = any(
+        activations.smoothing is not None and activations.smoothing.channel_order == "calibrated"
+        for _, activations in sections(recipe)
+    )
     cache = recipe.kv_cache
     offsets = cache is not None and (
         "mean" in (cache.keys.offset, cache.values.offset) or cache.sensitive_layers > 0
@@ -59,7 +63,7 @@ def needs_calibration(recipe: Recipe) -> bool:
 
 
 def _needs_hessian(recipe: Recipe) -> bool:
-    return recipe.weights.bits == 4 and recipe.weights.method == "gptq"
+    return any(weights.bits == 4 and weights.method == "gptq" for weights, _ in sections(recipe))
 
 
 def quantize_model(
@@ -86,10 +90,11 @@ def quantize_model(
 
     Raises:
         NonFiniteError: a weight holds NaN or Inf.
-        RecipeError: the recipe's key offsets do not go with the model's RoPE.
+        RecipeError: the recipe's key offsets do not go with the model's RoPE, or a pattern matches nothing.
         UnsupportedArchitectureError: no family is known for the model.
     """
-    _check_rope(model.config, recipe)
+    check_rope(model.config, recipe)
+    check_patterns(recipe, family_for(model.config), model)
     if windows is None and needs_calibration(recipe):
         raise ValueError(f"recipe '{recipe.name}' needs calibration windows")
     run = _Run(model, recipe, windows, seed, torch.device(device), progress)
@@ -116,8 +121,10 @@ class _Run:
         self.device = device
         self.progress = progress
         self.family: ModelFamily = family_for(config)
-        self.sizes = ModelSizes.from_config(config)
-        self.rotations = make_rotations(recipe.rotation, self.sizes, seed)
+        self.sizes = self.family.sizes(config)
+        self.rotations = make_rotations(
+            recipe.rotation, self.sizes, seed, folds_residual=self.family.folds_residual
+        )
         self.report = QuantizationReport(bytes_before=weight_bytes(model))
         self.memory = PeakMemory(device)
         self.layers: Any = model.get_submodule(self.family.layers)
@@ -126,7 +133,7 @@ class _Run:
 
     def execute(self) -> QuantizedModel:
         started = time.perf_counter()
-        _check_finite(self.model)
+        check_finite(self.model)
         if self.rotations.residual is not None:
             untie_head(self.model, self.family)
         fold_embedding(self.model, self.family, self.rotations)
@@ -152,9 +159,10 @@ class _Run:
         name = f"layer {index + 1}/{len(self.layers)}"
         dtypes = {key: value.dtype for key, value in layer.named_parameters()}
         layer.to(device=self.device, dtype=torch.float32)
-        fold_layer(layer, self.family, self.rotations, self.sizes.head_dim)
+        fold_layer(layer, self.family, self.rotations, self.sizes)
         statistics: dict[str, InputStatistics] = {}
         means: dict[str, MeanStatistics] = {}
+        rotary = key_rotary(self.model, self.family, index)
         reference: Tensor | None = None
         if hidden is not None:
             with_hessian = _needs_hessian(self.recipe)
@@ -162,14 +170,13 @@ class _Run:
                 collect_inputs(
                     layer, self.family.inputs, self.device, with_hessian=with_hessian
                 ) as statistics,
-                collect_means(self._projections(layer)) as means,
+                collect_cache_means(layer.get_submodule(self.family.attention), rotary) as means,
             ):
                 reference = hidden.observe(layer, lambda: self._step(f"{name}: statistics"))
         if self.recipe.kv_cache is not None:
-            self._quantize_cache(layer, means, hidden, report)
+            self._quantize_cache(layer, rotary, means, hidden, report)
         for entry in self.family.inputs:
-            if self.recipe.weights.bits == 4:
-                self._quantize_input(layer, entry, statistics.get(entry.name), report)
+            self._quantize_input(layer, entry, statistics.get(entry.path), report)
             self._step(f"{name}: weights")
         if hidden is not None and reference is not None:
             output = hidden.advance(layer, lambda: self._step(f"{name}: outputs"))
@@ -182,6 +189,7 @@ class _Run:
     def _quantize_cache(
         self,
         layer: nn.Module,
+        rotary: KeyRotary | None,
         means: dict[str, MeanStatistics],
         hidden: HiddenStates | None,
         report: LayerReport,
@@ -190,12 +198,11 @@ class _Run:
         assert cache is not None
         attention = layer.get_submodule(self.family.attention)
         before = None if hidden is None else _attention_output(attention, layer, hidden)
-        rotary = self.model.get_submodule(self.family.rotary)
         quantizer = attach_kv_quantizer(layer, self.family, cache, self.sizes, rotary, cache.keys.bits)
         quantizer.to(self.device)
         for name, tensor in (("key", quantizer.keys), ("value", quantizer.values)):
             if tensor.offset is not None:
-                tensor.offset.copy_(means[name].mean().view_as(tensor.offset))
+                tensor.offset.copy_(means[name].mean())
         if before is not None and hidden is not None:
             after = _attention_output(attention, layer, hidden)
             report.cache_error = float((after - before).norm() / before.norm().clamp_min(1e-30))
@@ -203,11 +210,14 @@ class _Run:
     def _quantize_input(
         self, layer: nn.Module, entry: LinearInput, statistics: InputStatistics | None, report: LayerReport
     ) -> None:
+        how = treatment(self.recipe, self.family.layer_name(report.index), entry)
         parent = layer.get_submodule(entry.parent)
-        originals = [getattr(parent, name) for name in entry.linears]
+        originals = [getattr(parent, name) for name in how.linears]
+        replaced = quantize_input_modules(layer, entry, how, self.rotations)
+        if not replaced:
+            return
         weight = torch.cat([linear.weight.detach() for linear in originals])
         biases = [linear.bias for linear in originals]
-        replaced = quantize_input_modules(layer, entry, self.recipe, self.rotations, self.sizes)
         quantizer: Any = getattr(parent, entry.quantizer_name)
         hessian = None if statistics is None else statistics.hessian
         if quantizer.scheme.stores_order and statistics is not None:
@@ -215,7 +225,7 @@ class _Run:
             quantizer.channel_order.copy_(order)
             weight = weight[:, order]
             hessian = None if hessian is None else hessian[order][:, order]
-        quantized = quantize_weight(weight, self.recipe.weights, hessian)
+        quantized = quantize_weight(weight, how.weights, hessian)
         quantized.store(list(replaced.values()))
         for linear, bias in zip(replaced.values(), biases, strict=True):
             if bias is not None and linear.bias is not None:
@@ -224,19 +234,12 @@ class _Run:
         for linear in replaced.values():
             linear.to(self.device)
         if quantized.fell_back:
-            report.fallbacks.append(entry.name)
+            report.fallbacks.append(entry.path)
             warnings.warn(
-                f"Layer {report.index}, input '{entry.name}': the Hessian could not be factored even with"
+                f"Layer {report.index}, input '{entry.path}': the Hessian could not be factored even with"
                 " 1000 times the damping; its weights were rounded to nearest.",
                 stacklevel=2,
             )
-
-    def _projections(self, layer: nn.Module) -> dict[str, nn.Module]:
-        attention = layer.get_submodule(self.family.attention)
-        return {
-            "key": attention.get_submodule(self.family.key),
-            "value": attention.get_submodule(self.family.value),
-        }
 
     def _key_bits(self) -> list[int]:
         """Key bits of each layer; the layers the 4-bit cache hurts most get 8 if the recipe grants it."""
@@ -271,29 +274,6 @@ def _attention_output(attention: nn.Module, layer: nn.Module, hidden: HiddenStat
     finally:
         handle.remove()
     return outputs[0]
-
-
-def _check_rope(config: Any, recipe: Recipe) -> None:
-    """Refuse key offsets where a position's angles change as the text grows: they could not be put back."""
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if (
-        recipe.kv_cache is not None
-        and recipe.kv_cache.keys.offset != "none"
-        and rope in ("dynamic", "longrope")
-    ):
-        raise RecipeError(
-            f"RoPE of type '{rope}' changes the angles of earlier tokens as the text grows, so that an"
-            " offset of the keys cannot be put back exactly. Use --set kv_cache.keys.offset=none."
-        )
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise NonFiniteError(
-                f"The weight '{name}' holds NaN or Inf. The model is damaged or overflowed when it was"
-                " converted; get it again, or convert it from its original precision."
-            )
 
 
 def _snr_db(reference: Tensor, output: Tensor) -> float:

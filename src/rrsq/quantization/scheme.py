@@ -1,20 +1,94 @@
-"""From a recipe to the scheme of each linear input."""
+"""From a recipe to what is done to each linear input."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-from ..models import LinearInput, ModelSizes
+from torch import nn
+
+from ..errors import RecipeError, did_you_mean
+from ..models import LinearInput, ModelFamily
 from ..nn.input import InputScheme
-from ..recipe import Recipe
+from ..recipe import Activations, Recipe, Weights
 
-__all__ = ["group_size_for", "input_scheme"]
+__all__ = [
+    "Treatment",
+    "check_patterns",
+    "group_size_for",
+    "head_is_kept",
+    "input_scheme",
+    "sections",
+    "treatment",
+]
 
 
-def input_scheme(recipe: Recipe, entry: LinearInput, sizes: ModelSizes) -> InputScheme:
-    """How the recipe treats one linear input of a model of these sizes."""
-    activations = recipe.activations
-    channels = sizes.channels(entry.name)
+@dataclass(frozen=True)
+class Treatment:
+    """What a recipe does to one linear input of one layer.
+
+    Attributes:
+        weights, activations: the sections that hold there.
+        linears: names of the linears (as in :attr:`LinearInput.linears`) that are quantized; the others stay
+            in full precision.
+    """
+
+    weights: Weights
+    activations: Activations
+    linears: tuple[str, ...]
+
+
+def treatment(recipe: Recipe, layer_name: str, entry: LinearInput) -> Treatment:
+    """How the recipe treats an input of the layer at module path ``layer_name``."""
+    weights, activations = recipe.weights, recipe.activations
+    for override in recipe.overrides:
+        if fnmatchcase(f"{layer_name}.{entry.path}", override.match):
+            weights, activations = override.weights or weights, override.activations or activations
+    kept = weights.bits == 16
+    linears = tuple(
+        name
+        for name, path in zip(entry.linears, entry.linear_paths, strict=True)
+        if not kept and not _matches(f"{layer_name}.{path}", recipe.modules_to_not_convert)
+    )
+    return Treatment(weights, activations, linears)
+
+
+def sections(recipe: Recipe) -> list[tuple[Weights, Activations]]:
+    """Every pair of sections that can hold for some input."""
+    weights = [recipe.weights, *(o.weights for o in recipe.overrides if o.weights is not None)]
+    activations = [
+        recipe.activations,
+        *(o.activations for o in recipe.overrides if o.activations is not None),
+    ]
+    return [(w, a) for w in weights for a in activations]
+
+
+def head_is_kept(recipe: Recipe, family: ModelFamily) -> bool:
+    """Whether the output head stays in full precision."""
+    return recipe.head.bits == 16 or _matches(family.head, recipe.modules_to_not_convert)
+
+
+def check_patterns(recipe: Recipe, family: ModelFamily, model: nn.Module) -> None:
+    """Refuse patterns that match nothing in a model.
+
+    Raises:
+        RecipeError: there is one; the message gives names that could have been meant.
+    """
+    layers = [family.layer_name(i) for i in range(len(list(model.get_submodule(family.layers).children())))]
+    inputs = [f"{layer}.{entry.path}" for layer in layers for entry in family.inputs]
+    linears = [
+        f"{layer}.{path}" for layer in layers for entry in family.inputs for path in entry.linear_paths
+    ]
+    for override in recipe.overrides:
+        _check_pattern(override.match, inputs, "overrides", "linear input")
+    for pattern in recipe.modules_to_not_convert:
+        _check_pattern(pattern, [*linears, family.head], "modules_to_not_convert", "linear")
+
+
+def input_scheme(activations: Activations, entry: LinearInput, channels: int) -> InputScheme:
+    """How one linear input of this many channels becomes integers."""
     smoothing = activations.smoothing
     if smoothing is None or entry.name not in smoothing.inputs:
         return InputScheme(channels, activations.bits, activations.clip)
@@ -33,3 +107,15 @@ def input_scheme(recipe: Recipe, entry: LinearInput, sizes: ModelSizes) -> Input
 def group_size_for(group_size: int | None, channels: int) -> int | None:
     """A recipe's group size, reduced to a divisor of the channels; None stays None (no groups)."""
     return None if group_size is None else math.gcd(group_size, channels)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_pattern(pattern: str, names: list[str], field: str, kind: str) -> None:
+    if not any(fnmatchcase(name, pattern) for name in names):
+        raise RecipeError(
+            f"'{pattern}' in the recipe's {field} matches no {kind} of the model."
+            f"{did_you_mean(pattern, names)} They are named like '{names[0]}'; '*' stands for anything."
+        )
