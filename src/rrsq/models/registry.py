@@ -6,8 +6,16 @@ from typing import Any
 
 from ..errors import UnsupportedArchitectureError
 from .family import ModelFamily
+from .gemma import GEMMA
+from .gemma2 import GEMMA2
+from .gemma3 import GEMMA3
 from .llama import LLAMA
+from .mistral import MISTRAL
+from .olmo2 import OLMO2
+from .opt import OPT
+from .phi3 import PHI3
 from .qwen2 import QWEN2
+from .qwen3 import QWEN3
 
 __all__ = ["families", "family_for", "register_family"]
 
@@ -45,5 +53,5 @@ def family_for(config: Any) -> ModelFamily:
     return family
 
 
-for _family in (LLAMA, QWEN2):
+for _family in (GEMMA, GEMMA2, GEMMA3, LLAMA, MISTRAL, OLMO2, OPT, PHI3, QWEN2, QWEN3):
     register_family(_family)

@@ -118,8 +118,8 @@ def _fold_reader(linear: Any, affine: Affine, rotate: Rotate) -> None:
     if affine.bias is not None:
         if linear.bias is None:
             raise UnsupportedArchitectureError(
-                "A LayerNorm has a bias and a linear behind it has none that could take it up, so that R1 cannot"
-                " be folded. Use --set rotation.residual=false."
+                "A LayerNorm has a bias and a linear behind it has none that could take it up, so that R1"
+                " cannot be folded. Use --set rotation.residual=false."
             )
         _assign(linear.bias, _double(linear.bias) + weight @ affine.bias)
     _assign(linear.weight, rotate(weight * affine.gain))
