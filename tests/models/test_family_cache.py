@@ -57,7 +57,7 @@ def test_sliding_layers_hold_no_more_than_the_window(name: str) -> None:
 
 
 def keys_before_rope(name: str, model: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """``[batch, kv_heads, tokens, head_dim]`` of each layer, from the function of transformers that rotates."""
+    """``[batch, kv_heads, tokens, head_dim]`` of each layer, from the function that applies RoPE."""
     seen: list[Tensor] = []
     if name == "opt":
         for layer in model.model.decoder.layers:

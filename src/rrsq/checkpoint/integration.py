@@ -19,6 +19,7 @@ from ..quantization.assemble import (
     key_rotary,
     quantize_input_modules,
 )
+from ..quantization.head import quantize_head_module
 from ..quantization.scheme import treatment
 from ..rotation.norms import replace_final_norm, replace_layer_norms
 from .format import QUANT_METHOD, CheckpointInfo, parse_info
@@ -83,6 +84,7 @@ def assemble_model(model: Any, info: CheckpointInfo) -> nn.Module:
             bits = info.key_bits[index] if index < len(info.key_bits) else recipe.kv_cache.keys.bits
             rotary = key_rotary(model, family, index)
             attach_kv_quantizer(layer, family, recipe.kv_cache, sizes, rotary, bits)
+    quantize_head_module(model, family, recipe)
     if recipe.rotation is not None:
         model.rotation_signs = RotationSigns(rotations)
     # Scales and cache offsets are float32 whatever dtype the model is loaded in.

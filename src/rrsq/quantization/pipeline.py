@@ -26,9 +26,10 @@ from ..rotation.fold import fold_embedding, fold_head, fold_layer, untie_head
 from ..rotation.rotations import Rotations, make_rotations
 from .assemble import RotationSigns, attach_kv_quantizer, key_rotary, quantize_input_modules
 from .checks import check_finite, check_rope
+from .head import quantize_head
 from .memory import PeakMemory, weight_bytes
 from .report import LayerReport, QuantizationReport
-from .scheme import check_patterns, sections, treatment
+from .scheme import check_patterns, head_is_kept, sections, treatment
 from .weights import quantize_weight
 
 __all__ = ["QuantizedModel", "needs_calibration", "quantize_model"]
@@ -59,7 +60,8 @@ def needs_calibration(recipe: Recipe) -> bool:
     offsets = cache is not None and (
         "mean" in (cache.keys.offset, cache.values.offset) or cache.sensitive_layers > 0
     )
-    return _needs_hessian(recipe) or ordered or offsets
+    head = recipe.head.bits == 4 and recipe.weights.method == "gptq"
+    return _needs_hessian(recipe) or ordered or offsets or head
 
 
 def _needs_hessian(recipe: Recipe) -> bool:
@@ -134,7 +136,7 @@ class _Run:
     def execute(self) -> QuantizedModel:
         started = time.perf_counter()
         check_finite(self.model)
-        if self.rotations.residual is not None:
+        if self.rotations.residual is not None or not head_is_kept(self.recipe, self.family):
             untie_head(self.model, self.family)
         fold_embedding(self.model, self.family, self.rotations)
         hidden = None
@@ -145,6 +147,7 @@ class _Run:
         for index, layer in enumerate(self.layers):
             self._quantize_layer(index, layer, hidden)
         fold_head(self.model, self.family, self.rotations)
+        self._quantize_head(hidden)
         if self.recipe.rotation is not None:
             self.model.rotation_signs = RotationSigns(self.rotations)
         key_bits = self._key_bits()
@@ -235,11 +238,20 @@ class _Run:
             linear.to(self.device)
         if quantized.fell_back:
             report.fallbacks.append(entry.path)
-            warnings.warn(
-                f"Layer {report.index}, input '{entry.path}': the Hessian could not be factored even with"
-                " 1000 times the damping; its weights were rounded to nearest.",
-                stacklevel=2,
-            )
+            self._warn_of_fallback(f"Layer {report.index}, input '{entry.path}'")
+
+    def _quantize_head(self, hidden: HiddenStates | None) -> None:
+        if not quantize_head(self.model, self.family, self.recipe, hidden, self.device):
+            self.report.head_fell_back = True
+            self._warn_of_fallback(f"The output head '{self.family.head}'")
+
+    @staticmethod
+    def _warn_of_fallback(what: str) -> None:
+        warnings.warn(
+            f"{what}: the Hessian could not be factored even with 1000 times the damping; its weights were"
+            " rounded to nearest.",
+            stacklevel=2,
+        )
 
     def _key_bits(self) -> list[int]:
         """Key bits of each layer; the layers the 4-bit cache hurts most get 8 if the recipe grants it."""

@@ -36,6 +36,7 @@ class QuantizationReport:
     Attributes:
         layers: one entry a decoder layer.
         sensitive_layers: layers whose keys were given 8 bits.
+        head_fell_back: the output head was rounded to nearest because GPTQ could not be used.
         seconds: time of the whole run.
         bytes_before, bytes_after: size of all weights.
         peak_memory: bytes of resident memory at its highest (process), and of the GPU where one was used.
@@ -43,6 +44,7 @@ class QuantizationReport:
 
     layers: list[LayerReport] = field(default_factory=list)
     sensitive_layers: list[int] = field(default_factory=list)
+    head_fell_back: bool = False
     seconds: float = 0.0
     bytes_before: int = 0
     bytes_after: int = 0
@@ -51,8 +53,9 @@ class QuantizationReport:
 
     @property
     def fallbacks(self) -> list[str]:
-        """Every input that fell back to round-to-nearest, as ``layer N input``."""
-        return [f"layer {layer.index} {name}" for layer in self.layers for name in layer.fallbacks]
+        """Every input that fell back to round-to-nearest, as ``layer N input``; the head as ``head``."""
+        found = [f"layer {layer.index} {name}" for layer in self.layers for name in layer.fallbacks]
+        return [*found, "head"] if self.head_fell_back else found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ..errors import RecipeError, did_you_mean
+from ..errors import RecipeError
 from ..models import LinearInput, ModelFamily
 from ..nn.input import InputScheme
 from ..recipe import Activations, Recipe, Weights
@@ -74,17 +74,23 @@ def check_patterns(recipe: Recipe, family: ModelFamily, model: nn.Module) -> Non
     """Refuse patterns that match nothing in a model.
 
     Raises:
-        RecipeError: there is one; the message gives names that could have been meant.
+        RecipeError: there is one; the message gives the names there are.
     """
-    layers = [family.layer_name(i) for i in range(len(list(model.get_submodule(family.layers).children())))]
-    inputs = [f"{layer}.{entry.path}" for layer in layers for entry in family.inputs]
-    linears = [
-        f"{layer}.{path}" for layer in layers for entry in family.inputs for path in entry.linear_paths
-    ]
-    for override in recipe.overrides:
-        _check_pattern(override.match, inputs, "overrides", "linear input")
-    for pattern in recipe.modules_to_not_convert:
-        _check_pattern(pattern, [*linears, family.head], "modules_to_not_convert", "linear")
+    layers = range(len(list(model.get_submodule(family.layers).children())))
+    inputs = [entry.path for entry in family.inputs]
+    linears = [path for entry in family.inputs for path in entry.linear_paths]
+    for field, patterns, paths, others in (
+        ("overrides", [override.match for override in recipe.overrides], inputs, []),
+        ("modules_to_not_convert", recipe.modules_to_not_convert, linears, [family.head]),
+    ):
+        names = [f"{family.layer_name(index)}.{path}" for index in layers for path in paths]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in (*names, *others)):
+                known = [*(f"{family.layers}.N.{path}" for path in paths), *others]
+                raise RecipeError(
+                    f"'{pattern}' in the recipe's {field} matches nothing in this model. The names are"
+                    f" {', '.join(known)}; a '*' in a pattern stands for anything."
+                )
 
 
 def input_scheme(activations: Activations, entry: LinearInput, channels: int) -> InputScheme:
@@ -111,11 +117,3 @@ def group_size_for(group_size: int | None, channels: int) -> int | None:
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _check_pattern(pattern: str, names: list[str], field: str, kind: str) -> None:
-    if not any(fnmatchcase(name, pattern) for name in names):
-        raise RecipeError(
-            f"'{pattern}' in the recipe's {field} matches no {kind} of the model."
-            f"{did_you_mean(pattern, names)} They are named like '{names[0]}'; '*' stands for anything."
-        )
