@@ -124,7 +124,8 @@ class _CacheObserver:
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         before = keys.float()
         if self.rotary is not None:
-            before = self.rotary.undo(before, token_positions(self.position_ids, keys, 0))
+            positions = self.rotary.mark(token_positions(self.position_ids, keys, 0))
+            before = self.rotary.undo(before, positions)
         self.means["key"].add(before.transpose(1, 2))
         self.means["value"].add(values.transpose(1, 2))
         return keys, values

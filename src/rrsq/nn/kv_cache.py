@@ -111,6 +111,8 @@ class KVQuantizer(nn.Module):
             values: the same shape.
             positions: int ``[batch, 1, tokens, 1]``.
         """
+        if self.rotary is not None:
+            positions = self.rotary.mark(positions)
         keys = keys.float() - self._key_offset(keys, positions)
         values = values.float() - self._value_offset()
         stored = {f"key_{name}": tensor for name, tensor in self.keys.encode(keys).items()}

@@ -74,11 +74,14 @@ def key_rotary(model: nn.Module, family: ModelFamily, index: int) -> KeyRotary |
     """RoPE as the attention of one layer applies it, or None where there is none."""
     if family.rotary is None:
         return None
-    module = model.get_submodule(family.rotary)
-    if not family.rotary_by_layer_type:
-        return KeyRotary(module)
     config: Any = model.config
-    return KeyRotary(module, layer_type=config.layer_types[index])
+    rope, options = config.rope_parameters, {}
+    if family.rotary_by_layer_type:
+        options["layer_type"] = config.layer_types[index]
+        rope = rope[options["layer_type"]]
+    long = rope["rope_type"] == "longrope"
+    switch = rope["original_max_position_embeddings"] if long else None
+    return KeyRotary(model.get_submodule(family.rotary), switch, **options)
 
 
 def attach_kv_quantizer(

@@ -17,9 +17,9 @@ def check_rope(config: Any, recipe: Recipe) -> None:
     """Refuse key offsets where a position's angles change as the text grows: they could not be put back."""
     if recipe.kv_cache is None or recipe.kv_cache.keys.offset == "none":
         return
-    for rope in sorted(_rope_types(config) & {"dynamic", "longrope"}):
+    if "dynamic" in _rope_types(config):
         raise RecipeError(
-            f"RoPE of type '{rope}' changes the angles of earlier tokens as the text grows, so that an"
+            "RoPE of type 'dynamic' changes the angles of earlier tokens as the text grows, so that an"
             " offset of the keys cannot be put back exactly. Use --set kv_cache.keys.offset=none."
         )
 
