@@ -24,6 +24,7 @@ from transformers import (
 from tiny_quantized import VOCABULARY_SIZE
 
 WINDOW = 8
+LONG = 40  # Tokens beyond which the model with longrope takes other angles.
 COMMON = {
     "vocab_size": VOCABULARY_SIZE,
     "max_position_embeddings": 256,
@@ -68,6 +69,16 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
         **{**LLAMA_LIKE, "hidden_size": 48},
         sliding_window=WINDOW,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    ),
+    "phi3 longrope": lambda: Phi3Config(
+        **{**LLAMA_LIKE, "hidden_size": 48},
+        original_max_position_embeddings=LONG,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "short_factor": [1.0] * 6,
+            "long_factor": [2.0, 2.2, 2.4, 2.6, 2.8, 3.0],
+        },
     ),
     "gemma": lambda: GemmaConfig(**{**LLAMA_LIKE, "num_key_value_heads": 1}, head_dim=16),
     "gemma2": lambda: Gemma2Config(

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from rrsq.nn.cache_layers import QuantizedCacheLayer, QuantizedSlidingLayer
 from rrsq.quantization.pipeline import quantize_model
-from tiny_families import TINY, WINDOW, tiny_model
+from tiny_families import LONG, TINY, WINDOW, tiny_model
 from tiny_quantized import logits_of, random_tokens, recipe_of
 
 LENGTH = 3 * WINDOW
@@ -54,6 +54,18 @@ def test_sliding_layers_hold_no_more_than_the_window(name: str) -> None:
         assert isinstance(layer, QuantizedSlidingLayer) == (index in SLIDING.get(name, []))
         tokens = {tensor.shape[-2] for tensor in layer.stored.values()}
         assert tokens == {WINDOW - 1 if isinstance(layer, QuantizedSlidingLayer) else LENGTH}
+
+
+def test_generation_beyond_the_switch_of_longrope() -> None:
+    model = only_cache_quantized("phi3 longrope")
+    tokens = random_tokens(1, LONG - 4)
+    result = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), min_new_tokens=8, max_new_tokens=8, do_sample=False
+    )
+    for length in range(LONG - 4, LONG + 4):
+        logits = logits_of(model, result[:, :length], use_cache=False)[0, -1].clone()
+        logits[model.config.eos_token_id] = -torch.inf
+        assert int(logits.argmax()) == int(result[0, length])
 
 
 def keys_before_rope(name: str, model: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:

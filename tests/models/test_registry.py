@@ -5,7 +5,15 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+import transformers
+from transformers import (
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+)
 
 from rrsq.errors import UnsupportedArchitectureError
 from rrsq.models import ModelFamily, ModelSizes, families, family_for, register_family, registry
@@ -24,6 +32,27 @@ def test_an_unsupported_architecture_lists_the_supported(config: object) -> None
         family_for(config)
     assert all(family.model_type in str(caught.value) for family in families())
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (OPTConfig(word_embed_proj_dim=512, hidden_size=1024), "embedding is projected"),
+        (OPTConfig(do_layer_norm_before=False), "do_layer_norm_before"),
+        (OPTConfig(_remove_final_layer_norm=True), "norms do not stand before"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "bidirectional"),
+    ],
+)
+def test_a_configuration_that_a_family_does_not_cover_is_refused(config: object, reason: str) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match=reason):
+        family_for(config)
+
+
+def test_every_family_names_a_class_of_transformers_and_an_input_of_each_kind() -> None:
+    for family in families():
+        assert getattr(transformers, family.architecture).config_class.model_type == family.model_type
+        assert [entry.name for entry in family.inputs] == ["qkv", "o", "gate_up", "down"]
+        assert len({entry.path for entry in family.inputs}) == 4
 
 
 def test_a_family_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
