@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .nibbles import scaled_high, scaled_low, sixteenfold_high, sixteenfold_low
 
-__all__ = ["packed_gemm_kernel"]
+__all__ = ["add_parts", "multiply_packed", "packed_gemm_kernel"]
 
 
 @triton.jit
@@ -22,48 +22,32 @@ def _spread(multiplier, ROWS: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.const
     return tl.broadcast_to(multiplier[:, :, None], [ROWS, GROUPS, SPAN]).reshape(ROWS, GROUPS * SPAN)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def packed_gemm_kernel(
+@triton.jit
+def multiply_packed(
     operand_pointer,
-    scale_pointer,
     packed_pointer,
     multiplier_pointer,
-    weight_scale_pointer,
-    bias_pointer,
-    out_pointer,
-    partial_pointer,
-    counter_pointer,
-    tokens,
-    out_features,
+    x_row,
+    row,
+    first,
+    last,
     in_features,
     HALF: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
-    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """One tile ``[BLOCK_OUT, BLOCK_TOKENS]`` of Y^T, or one of its ``SPLIT`` parts.
+    """``weight[row] @ operand[x_row].T`` over the steps ``first`` to ``last`` of K.
 
-    ``BLOCK_BYTES`` packed bytes of each weight row are taken in a step, a multiple of ``HALF``. ``EVEN``: the
-    step divides the row. ``partial_pointer`` int32 ``[tiles, SPLIT, BLOCK_OUT, BLOCK_TOKENS]``;
-    ``counter_pointer`` int32 ``[tiles]``, zero before and after.
+    ``row`` int64 ``[BLOCK_OUT]`` and ``x_row`` int64 ``[BLOCK_TOKENS]``. A step takes ``BLOCK_BYTES`` packed
+    bytes of each row, a multiple of ``HALF``; ``EVEN``: it divides the row. Returns int32
+    ``[BLOCK_OUT, BLOCK_TOKENS]``, 16 times the sums where there are no multipliers (``GROUP`` 0).
     """
-    tile_token = tl.program_id(0)
-    tile_out = tl.program_id(1)
-    part = tl.program_id(2)
     row_bytes = tl.multiple_of(in_features // 2, 16)
-    out = tile_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row = tl.minimum(out, out_features - 1).to(tl.int64)
-    token = tile_token * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    x_row = tl.minimum(token, tokens - 1).to(tl.int64)
-    steps = tl.cdiv(row_bytes, BLOCK_BYTES)
-    first = part * steps // SPLIT
-    last = (part + 1) * steps // SPLIT
     step_byte = tl.arange(0, BLOCK_BYTES)
     accumulator = tl.zeros([BLOCK_OUT, BLOCK_TOKENS], tl.int32)
     for step in tl.range(first, last, num_stages=STAGES):
@@ -109,21 +93,103 @@ def packed_gemm_kernel(
             high = sixteenfold_high(packed, PTX)
         accumulator = tl.dot(low, x_low, accumulator, out_dtype=tl.int32)
         accumulator = tl.dot(high, x_high, accumulator, out_dtype=tl.int32)
+    return accumulator
+
+
+@triton.jit
+def add_parts(
+    accumulator,
+    partial_pointer,
+    counter_pointer,
+    tile,
+    part,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Leave a part's sums in memory; the program that arrives last gets the total of its tile.
+
+    ``partial_pointer`` int32 ``[tiles, SPLIT, BLOCK_OUT, BLOCK_TOKENS]``; ``counter_pointer`` int32
+    ``[tiles]``, zero before and after. Returns whether this program is the last one, and the total if it is.
+    """
+    TILE: tl.constexpr = BLOCK_OUT * BLOCK_TOKENS
+    inside = tl.arange(0, BLOCK_OUT)[:, None] * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[None, :]
+    mine = partial_pointer + tile.to(tl.int64) * (SPLIT * TILE) + inside
+    tl.store(mine + part * TILE, accumulator)
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter_pointer + tile, 1, sem="acq_rel", scope="gpu")
+    finished = arrived == SPLIT - 1
+    if finished:
+        accumulator = tl.zeros([BLOCK_OUT, BLOCK_TOKENS], tl.int32)
+        for other in tl.static_range(SPLIT):
+            accumulator += tl.load(mine + other * TILE, cache_modifier=".cg")
+        tl.store(counter_pointer + tile, 0)
+    return finished, accumulator
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def packed_gemm_kernel(
+    operand_pointer,
+    scale_pointer,
+    packed_pointer,
+    multiplier_pointer,
+    weight_scale_pointer,
+    bias_pointer,
+    out_pointer,
+    partial_pointer,
+    counter_pointer,
+    tokens,
+    out_features,
+    in_features,
+    HALF: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """One tile ``[BLOCK_OUT, BLOCK_TOKENS]`` of Y^T, or one of its ``SPLIT`` parts.
+
+    ``partial_pointer`` and ``counter_pointer``: see :func:`add_parts`.
+    """
+    tile_token = tl.program_id(0)
+    tile_out = tl.program_id(1)
+    part = tl.program_id(2)
+    out = tile_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = tl.minimum(out, out_features - 1).to(tl.int64)
+    token = tile_token * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    x_row = tl.minimum(token, tokens - 1).to(tl.int64)
+    steps = tl.cdiv(in_features // 2, BLOCK_BYTES)
+    first = part * steps // SPLIT
+    last = (part + 1) * steps // SPLIT
+    accumulator = multiply_packed(
+        operand_pointer,
+        packed_pointer,
+        multiplier_pointer,
+        x_row,
+        row,
+        first,
+        last,
+        in_features,
+        HALF,
+        GROUP,
+        BLOCK_TOKENS,
+        BLOCK_OUT,
+        BLOCK_BYTES,
+        STAGES,
+        EVEN,
+        PTX,
+    )
     finished = True
     if SPLIT > 1:
         tile = tile_out * tl.num_programs(0) + tile_token
-        TILE: tl.constexpr = BLOCK_OUT * BLOCK_TOKENS
-        inside = tl.arange(0, BLOCK_OUT)[:, None] * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[None, :]
-        mine = partial_pointer + tile.to(tl.int64) * (SPLIT * TILE) + inside
-        tl.store(mine + part * TILE, accumulator)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counter_pointer + tile, 1, sem="acq_rel", scope="gpu")
-        finished = arrived == SPLIT - 1
-        if finished:
-            accumulator = tl.zeros([BLOCK_OUT, BLOCK_TOKENS], tl.int32)
-            for other in tl.static_range(SPLIT):
-                accumulator += tl.load(mine + other * TILE, cache_modifier=".cg")
-            tl.store(counter_pointer + tile, 0)
+        finished, accumulator = add_parts(
+            accumulator, partial_pointer, counter_pointer, tile, part, BLOCK_TOKENS, BLOCK_OUT, SPLIT
+        )
     if finished:
         if GROUP == 0:
             accumulator = accumulator >> 4
