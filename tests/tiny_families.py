@@ -13,12 +13,15 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from tiny_quantized import VOCABULARY_SIZE
@@ -79,6 +82,30 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
             "short_factor": [1.0] * 6,
             "long_factor": [2.0, 2.2, 2.4, 2.6, 2.8, 3.0],
         },
+    ),
+    "mixtral": lambda: MixtralConfig(
+        **{**LLAMA_LIKE, "intermediate_size": 44},
+        head_dim=12,
+        sliding_window=WINDOW,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+    ),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **{**LLAMA_LIKE, "hidden_size": 56, "num_hidden_layers": 3},
+        moe_intermediate_size=20,
+        shared_expert_intermediate_size=48,
+        num_experts=6,
+        num_experts_per_tok=3,
+        mlp_only_layers=[1],
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **LLAMA_LIKE,
+        head_dim=24,
+        moe_intermediate_size=28,
+        num_experts=7,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
     ),
     "gemma": lambda: GemmaConfig(**{**LLAMA_LIKE, "num_key_value_heads": 1}, head_dim=16),
     "gemma2": lambda: Gemma2Config(

@@ -16,7 +16,14 @@ from tiny_families import LONG, TINY, WINDOW, tiny_model
 from tiny_quantized import logits_of, random_tokens, recipe_of
 
 LENGTH = 3 * WINDOW
-SLIDING = {"mistral": [0, 1], "qwen2 sliding": [1], "phi3": [0, 1], "gemma2": [0, 2], "gemma3_text": [0, 1]}
+SLIDING = {
+    "mistral": [0, 1],
+    "mixtral": [0, 1],
+    "qwen2 sliding": [1],
+    "phi3": [0, 1],
+    "gemma2": [0, 2],
+    "gemma3_text": [0, 1],
+}
 
 
 def only_cache_quantized(name: str) -> Any:

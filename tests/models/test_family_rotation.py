@@ -53,7 +53,7 @@ def test_inputs_are_rotated_online_where_the_residual_stream_cannot_be(name: str
     assert (rotations.residual is None) == (rotations.residual_online is not None) == after_norms
     rotate_model(model, family, rotations, sizes)
     for layer in model.get_submodule(family.layers):
-        for entry in family.inputs:
+        for entry in family.inputs_in(layer):
             for path in entry.linear_paths:
                 online = isinstance(layer.get_submodule(path), RotatedLinear)
                 assert online == (after_norms and entry.name in ("qkv", "gate_up"))

@@ -25,6 +25,8 @@ class InputStatistics:
     def add(self, x: Tensor) -> None:
         """Add activations ``[..., channels]``."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if not rows.shape[0]:
+            return
         self.tokens += rows.shape[0]
         self.absmax = torch.maximum(self.absmax, rows.abs().amax(0))
         if self.hessian is not None:

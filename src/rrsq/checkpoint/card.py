@@ -58,6 +58,9 @@ def model_card(info: CheckpointInfo, report: QuantizationReport) -> str:
     ]
     if report.fallbacks:
         lines += ["", f"Rounded to nearest because GPTQ could not be used: {', '.join(report.fallbacks)}."]
+    if report.undersampled_experts:
+        experts = "; ".join(report.undersampled_experts)
+        lines += ["", f"Experts that saw little calibration text, and others' as well: {experts}."]
     if any(layer.output_snr_db is not None for layer in report.layers):
         lines += [
             "",

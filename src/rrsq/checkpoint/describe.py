@@ -68,15 +68,18 @@ def describe_cache(info: CheckpointInfo) -> str:
 def describe_rotation(info: CheckpointInfo) -> str:
     """The rotations and their sizes."""
     parts = [
-        f"{_ROTATIONS.get(name, name.replace('_', ' '))} ({_plan(plan)})"
-        for name, plan in info.rotation
-        if plan is not None
+        f"{_ROTATIONS.get(name, name.replace('_', ' '))} ({_plans(plans)})"
+        for name, plans in info.rotation
+        if plans is not None
     ]
     return "; ".join(parts) or "none"
 
 
-def _plan(plan: PlanInfo) -> str:
-    return str(plan.size) if plan.block == plan.size else f"{plan.size}, blocks of {plan.block}"
+def _plans(plans: PlanInfo | tuple[PlanInfo, ...]) -> str:
+    return " and ".join(
+        str(plan.size) if plan.block == plan.size else f"{plan.size}, blocks of {plan.block}"
+        for plan in (plans if isinstance(plans, tuple) else (plans,))
+    )
 
 
 def describe_calibration(info: CheckpointInfo) -> str:

@@ -55,6 +55,7 @@ class RotationInfo(_Part):
     head: PlanInfo | None = None
     across_heads: PlanInfo | None = None
     intermediate: PlanInfo | None = None
+    more_intermediate: tuple[PlanInfo, ...] | None = None
 
     def rotations(self) -> Rotations:
         """The rotations, with placeholder signs for the folded ones."""
@@ -72,6 +73,7 @@ class RotationInfo(_Part):
             head=randomized(self.head),
             across_heads=plan(self.across_heads),
             intermediate=plan(self.intermediate),
+            more_intermediate=tuple(info.plan() for info in self.more_intermediate or ()),
         )
 
 

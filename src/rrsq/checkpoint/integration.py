@@ -18,6 +18,7 @@ from ..quantization.assemble import (
     attach_kv_quantizer,
     key_rotary,
     quantize_input_modules,
+    treated_inputs,
 )
 from ..quantization.head import quantize_head_module
 from ..quantization.scheme import treatment
@@ -58,6 +59,10 @@ class RRSQQuantizer(HfQuantizer):
         assemble_model(model, self.quantization_config.info)
         check_shards(model, kwargs.get("checkpoint_files") or [])
 
+    def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> list[Any]:
+        """None: a checkpoint holds tensors under the names that the model has, not those of the original."""
+        return []
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """A loaded model can be saved again, bit for bit."""
         return True
@@ -77,7 +82,7 @@ def assemble_model(model: Any, info: CheckpointInfo) -> nn.Module:
     replace_final_norm(model, family, rotations)
     for index, layer in enumerate(model.get_submodule(family.layers)):
         replace_layer_norms(layer, family, rotations)
-        for entry in family.inputs:
+        for entry in treated_inputs(layer, family, recipe):
             how = treatment(recipe, family.layer_name(index), entry)
             quantize_input_modules(layer, entry, how, rotations)
         if recipe.kv_cache is not None:

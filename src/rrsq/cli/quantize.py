@@ -222,4 +222,6 @@ def _summary(info: CheckpointInfo, output: Path, report: QuantizationReport) -> 
     if exceptions := describe_exceptions(info):
         table.add_row("except", exceptions)
     table.add_row("fell back to RTN", ", ".join(report.fallbacks) or "none")
+    if report.undersampled_experts:
+        table.add_row("experts with few tokens", "; ".join(report.undersampled_experts))
     return table

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .sizes import ModelSizes
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["LAYER_NORM", "RMS_NORM", "RMS_NORM_ONE_PLUS", "LinearInput", "ModelFamily", "NormKind"]
 
@@ -50,6 +53,9 @@ class LinearInput:
             gain stands in the way of R1, which then cannot be folded (:attr:`ModelFamily.folds_residual`).
         full_precision: paths (from the layer) of further linears that read the same input and are never
             quantized, such as a router.
+        experts: ``parent`` is the experts of a mixture as transformers keeps them, called with tokens and
+            what a router chose for them; its parameters ``gate_up_proj`` and ``down_proj``, ``[experts, out,
+            in]`` each, are the linears of the inputs ``gate_up`` and ``down``.
     """
 
     name: Literal["qkv", "o", "gate_up", "down"]
@@ -58,6 +64,7 @@ class LinearInput:
     norm: str | None = None
     output_norm: str | None = None
     full_precision: tuple[str, ...] = ()
+    experts: bool = False
 
     @property
     def path(self) -> str:
@@ -68,6 +75,11 @@ class LinearInput:
     def linear_paths(self) -> tuple[str, ...]:
         """Module paths of :attr:`linears`, from the decoder layer."""
         return tuple(_join(self.parent, name) for name in self.linears)
+
+    def is_in(self, layer: nn.Module) -> bool:
+        """Whether a decoder layer has this input: the layers of one model may differ."""
+        parent = dict(layer.named_modules()).get(self.parent)
+        return parent is not None and hasattr(parent, self.linears[0])
 
     @property
     def reads_residual(self) -> bool:
@@ -92,7 +104,8 @@ class ModelFamily:
     Attributes:
         model_type: ``config.model_type`` of transformers.
         architecture: class name of the causal language model.
-        inputs: the inputs of quantized linears of one decoder layer, in the order the layer runs them.
+        inputs: the inputs of quantized linears of one decoder layer, in the order the layer runs them. Where
+            layers differ, those of all of them; a layer has the ones whose modules it has.
         norm: kind of the norms that ``inputs`` and ``final_norm`` name.
         embedding, layers, final_norm, head: module paths from the model's root.
         positions: module path of a learned position embedding that is added to ``embedding``, or None.
@@ -102,6 +115,7 @@ class ModelFamily:
         value: name of the projection in the attention whose last ``kv_heads * head_dim`` rows make values:
             ``v_proj``, or a fused one.
         intermediate_size: field of the configuration that holds it.
+        more_intermediate: further sizes of MLPs that a configuration asks for, such as those of experts.
         not_covered: says of a configuration why the family does not cover it, or returns None.
         public: sizes of public models, for the documentation.
         tested_on: public checkpoints or packages the family was run on.
@@ -121,6 +135,7 @@ class ModelFamily:
     attention: str = "self_attn"
     value: str = "v_proj"
     intermediate_size: str = "intermediate_size"
+    more_intermediate: Callable[[Any], tuple[int, ...]] = lambda config: ()
     not_covered: Callable[[Any], str | None] = lambda config: None
     public: Mapping[str, ModelSizes] = field(default_factory=dict)
     tested_on: tuple[str, ...] = ()
@@ -147,9 +162,13 @@ class ModelFamily:
         """The first :class:`LinearInput` called ``name``."""
         return next(entry for entry in self.inputs if entry.name == name)
 
+    def inputs_in(self, layer: nn.Module) -> tuple[LinearInput, ...]:
+        """The inputs that a decoder layer has."""
+        return tuple(entry for entry in self.inputs if entry.is_in(layer))
+
     def sizes(self, config: Any) -> ModelSizes:
         """The sizes of a model of this family."""
-        return ModelSizes.from_config(config, self.intermediate_size)
+        return ModelSizes.from_config(config, self.intermediate_size, self.more_intermediate(config))
 
     def layer_name(self, index: int) -> str:
         """Module path of a decoder layer, from the model's root."""

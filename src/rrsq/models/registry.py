@@ -11,11 +11,14 @@ from .gemma2 import GEMMA2
 from .gemma3 import GEMMA3
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .mixtral import MIXTRAL
 from .olmo2 import OLMO2
 from .opt import OPT
 from .phi3 import PHI3
 from .qwen2 import QWEN2
+from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
+from .qwen3_moe import QWEN3_MOE
 
 __all__ = ["families", "family_for", "register_family"]
 
@@ -53,5 +56,20 @@ def family_for(config: Any) -> ModelFamily:
     return family
 
 
-for _family in (GEMMA, GEMMA2, GEMMA3, LLAMA, MISTRAL, OLMO2, OPT, PHI3, QWEN2, QWEN3):
+_ALL = (
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    OLMO2,
+    OPT,
+    PHI3,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+)
+for _family in _ALL:
     register_family(_family)

@@ -8,17 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from ..models import LinearInput, ModelFamily, ModelSizes
+from ..nn.experts import QuantizedExpertLinear
 from ..nn.input import InputQuantizer
 from ..nn.kv_cache import CacheScheme, KVQuantizer
 from ..nn.linear import QuantizedLinear
+from ..nn.packed import PackedWeight
 from ..nn.rope import KeyRotary
 from ..nn.rotation import RotatedLinear
-from ..recipe import CacheTensor, KVCache
+from ..recipe import CacheTensor, KVCache, Recipe, Weights
+from ..rotation.fold import open_experts
 from ..rotation.online import online_rotation
 from ..rotation.rotations import Rotations
-from .scheme import Treatment, group_size_for, input_scheme
+from .scheme import Treatment, changes_linears, group_size_for, input_scheme
 
-__all__ = ["RotationSigns", "attach_kv_quantizer", "key_rotary", "quantize_input_modules"]
+__all__ = [
+    "RotationSigns",
+    "attach_kv_quantizer",
+    "key_rotary",
+    "quantize_input_modules",
+    "treated_inputs",
+]
 
 
 class RotationSigns(nn.Module):
@@ -32,9 +41,17 @@ class RotationSigns(nn.Module):
             self.register_buffer(f"{name}_signs", signs)
 
 
+def treated_inputs(layer: nn.Module, family: ModelFamily, recipe: Recipe) -> tuple[LinearInput, ...]:
+    """The inputs of a decoder layer that a recipe may rotate or quantize; its experts are opened for that."""
+    if not changes_linears(recipe):
+        return ()
+    open_experts(layer, family)
+    return family.inputs_in(layer)
+
+
 def quantize_input_modules(
     layer: nn.Module, entry: LinearInput, how: Treatment, rotations: Rotations
-) -> dict[str, QuantizedLinear]:
+) -> dict[str, Any]:
     """Replace linears of one input by empty quantized ones and give their parent the input's quantizer.
 
     Linears that stay in full precision are put behind the input's online rotation, if they are not yet.
@@ -44,7 +61,7 @@ def quantize_input_modules(
     """
     parent: Any = layer.get_submodule(entry.parent)
     originals: dict[str, Any] = {name: getattr(parent, name) for name in entry.linears}
-    channels = originals[entry.linears[0]].weight.shape[1]
+    channels = originals[entry.linears[0]].weight.shape[-1]
     rotation = online_rotation(entry, rotations, channels)
     for name in entry.linears:
         linear = originals[name]
@@ -57,17 +74,27 @@ def quantize_input_modules(
     setattr(parent, entry.quantizer_name, quantizer)
     replaced = {}
     for name in how.linears:
-        linear = originals[name]
-        replaced[name] = QuantizedLinear(
-            channels,
-            linear.weight.shape[0],
-            group_size=group_size_for(how.weights.group_size, channels),
-            bias=linear.bias is not None,
-            input_quantizer=quantizer,
-            dtype=linear.weight.dtype,
-        )
+        replaced[name] = _empty(originals[name], how.weights, quantizer)
         setattr(parent, name, replaced[name])
     return replaced
+
+
+def _empty(linear: Any, weights: Weights, quantizer: InputQuantizer) -> PackedWeight:
+    """What takes the place of a linear, or of the linears of all experts; its weights are zero."""
+    *experts, out_features, in_features = linear.weight.shape
+    group_size = group_size_for(weights.group_size, in_features)
+    if experts:
+        return QuantizedExpertLinear(
+            experts[0], in_features, out_features, group_size=group_size, input_quantizer=quantizer
+        )
+    return QuantizedLinear(
+        in_features,
+        out_features,
+        group_size=group_size,
+        bias=linear.bias is not None,
+        input_quantizer=quantizer,
+        dtype=linear.weight.dtype,
+    )
 
 
 def key_rotary(model: nn.Module, family: ModelFamily, index: int) -> KeyRotary | None:

@@ -38,13 +38,13 @@ def least_checkpoint_bytes(model: nn.Module, recipe: Recipe) -> int:
         total += head.numel() * head.element_size() if folded or not kept else 0
     if not kept:
         total -= head.numel() * head.element_size() - head.numel() * recipe.head.bits // 8
-    for index in range(family.sizes(model.config).layers):
+    for index, layer in enumerate(model.get_submodule(family.layers).children()):
         name = family.layer_name(index)
-        for entry in family.inputs:
+        for entry in family.inputs_in(layer):
             quantized = treatment(recipe, name, entry).linears
             for linear, path in zip(entry.linears, entry.linear_paths, strict=True):
                 if linear in quantized:
-                    tensor = parameters[f"{name}.{path}.weight"]
+                    tensor = parameters[f"{name}.{path}" if entry.experts else f"{name}.{path}.weight"]
                     total -= tensor.numel() * tensor.element_size() - tensor.numel() // 2
     return total
 

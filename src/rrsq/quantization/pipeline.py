@@ -10,12 +10,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..calibration.experts import RoutedTokens, collect_routed_tokens
 from ..calibration.statistics import InputStatistics, MeanStatistics
 from ..calibration.stream import HiddenStates, collect_cache_means, collect_inputs
 from ..models import LinearInput, ModelFamily, family_for
@@ -24,8 +26,15 @@ from ..nn.rope import KeyRotary
 from ..recipe import Recipe
 from ..rotation.fold import fold_embedding, fold_head, fold_layer, untie_head
 from ..rotation.rotations import Rotations, make_rotations
-from .assemble import RotationSigns, attach_kv_quantizer, key_rotary, quantize_input_modules
+from .assemble import (
+    RotationSigns,
+    attach_kv_quantizer,
+    key_rotary,
+    quantize_input_modules,
+    treated_inputs,
+)
 from .checks import check_finite, check_rope
+from .experts import HESSIAN_BYTES, quantize_experts
 from .head import quantize_head
 from .memory import PeakMemory, weight_bytes
 from .report import LayerReport, QuantizationReport
@@ -52,16 +61,19 @@ class QuantizedModel:
 
 def needs_calibration(recipe: Recipe) -> bool:
     """Whether the recipe needs calibration text: GPTQ, a stored channel order or cache offsets do."""
-    ordered = any(
-        activations.smoothing is not None and activations.smoothing.channel_order == "calibrated"
-        for _, activations in sections(recipe)
-    )
     cache = recipe.kv_cache
     offsets = cache is not None and (
         "mean" in (cache.keys.offset, cache.values.offset) or cache.sensitive_layers > 0
     )
     head = recipe.head.bits == 4 and recipe.weights.method == "gptq"
-    return _needs_hessian(recipe) or ordered or offsets or head
+    return _needs_hessian(recipe) or _needs_order(recipe) or offsets or head
+
+
+def _needs_order(recipe: Recipe) -> bool:
+    return any(
+        activations.smoothing is not None and activations.smoothing.channel_order == "calibrated"
+        for _, activations in sections(recipe)
+    )
 
 
 def _needs_hessian(recipe: Recipe) -> bool:
@@ -75,6 +87,7 @@ def quantize_model(
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    hessian_bytes: int = HESSIAN_BYTES,
     progress: Progress = lambda done, total, text: None,
 ) -> QuantizedModel:
     """Quantize a causal language model of transformers in place.
@@ -85,6 +98,7 @@ def quantize_model(
         windows: int64 ``[samples, tokens]`` calibration windows; None if :func:`needs_calibration` says so.
         seed: of the rotations' random signs.
         device: where layers are computed.
+        hessian_bytes: of experts, only so many are quantized at once as have Hessians of so many bytes.
         progress: called with steps done, steps in all, and what is being done.
 
     Returns:
@@ -99,7 +113,7 @@ def quantize_model(
     check_patterns(recipe, family_for(model.config), model)
     if windows is None and needs_calibration(recipe):
         raise ValueError(f"recipe '{recipe.name}' needs calibration windows")
-    run = _Run(model, recipe, windows, seed, torch.device(device), progress)
+    run = _Run(model, recipe, windows, seed, torch.device(device), hessian_bytes, progress)
     with run.memory:
         return run.execute()
 
@@ -114,6 +128,7 @@ class _Run:
         windows: Tensor | None,
         seed: int,
         device: torch.device,
+        hessian_bytes: int,
         progress: Progress,
     ) -> None:
         config: Any = model.config
@@ -121,6 +136,7 @@ class _Run:
         self.recipe = recipe
         self.windows = windows
         self.device = device
+        self.hessian_bytes = hessian_bytes
         self.progress = progress
         self.family: ModelFamily = family_for(config)
         self.sizes = self.family.sizes(config)
@@ -143,7 +159,8 @@ class _Run:
         if self.windows is not None:
             hidden = HiddenStates(self.model, self.family, self.windows, self.device)
         batches = 0 if hidden is None else len(hidden.batches)
-        self.total_steps = len(self.layers) * (2 * batches + len(self.family.inputs))
+        inputs = sum(len(treated_inputs(layer, self.family, self.recipe)) for layer in self.layers)
+        self.total_steps = len(self.layers) * 2 * batches + inputs
         for index, layer in enumerate(self.layers):
             self._quantize_layer(index, layer, hidden)
         fold_head(self.model, self.family, self.rotations)
@@ -162,24 +179,32 @@ class _Run:
         name = f"layer {index + 1}/{len(self.layers)}"
         dtypes = {key: value.dtype for key, value in layer.named_parameters()}
         layer.to(device=self.device, dtype=torch.float32)
-        fold_layer(layer, self.family, self.rotations, self.sizes)
+        if self.recipe.rotation is not None:
+            fold_layer(layer, self.family, self.rotations, self.sizes)
+        inputs = treated_inputs(layer, self.family, self.recipe)
+        linears = tuple(entry for entry in inputs if not entry.experts)
+        mixture = tuple(entry for entry in inputs if entry.experts)
         statistics: dict[str, InputStatistics] = {}
+        routed: RoutedTokens | None = None
         means: dict[str, MeanStatistics] = {}
         rotary = key_rotary(self.model, self.family, index)
         reference: Tensor | None = None
         if hidden is not None:
             with_hessian = _needs_hessian(self.recipe)
             with (
-                collect_inputs(
-                    layer, self.family.inputs, self.device, with_hessian=with_hessian
-                ) as statistics,
+                collect_inputs(layer, linears, self.device, with_hessian=with_hessian) as statistics,
+                self._routed_tokens(layer, mixture) as routed,
                 collect_cache_means(layer.get_submodule(self.family.attention), rotary) as means,
             ):
                 reference = hidden.observe(layer, lambda: self._step(f"{name}: statistics"))
         if self.recipe.kv_cache is not None:
             self._quantize_cache(layer, rotary, means, hidden, report)
-        for entry in self.family.inputs:
+        for entry in linears:
             self._quantize_input(layer, entry, statistics.get(entry.path), report)
+            self._step(f"{name}: weights")
+        if mixture:
+            self._quantize_experts(layer, mixture, routed, report)
+        for _ in mixture:
             self._step(f"{name}: weights")
         if hidden is not None and reference is not None:
             output = hidden.advance(layer, lambda: self._step(f"{name}: outputs"))
@@ -252,6 +277,30 @@ class _Run:
             " rounded to nearest.",
             stacklevel=2,
         )
+
+    def _routed_tokens(
+        self, layer: nn.Module, mixture: tuple[LinearInput, ...]
+    ) -> AbstractContextManager[RoutedTokens | None]:
+        """Keeps what a layer's experts are called with, if there are any and the recipe asks for it."""
+        if not mixture or not (_needs_hessian(self.recipe) or _needs_order(self.recipe)):
+            return nullcontext()
+        experts: Any = layer.get_submodule(mixture[0].parent)
+        return collect_routed_tokens(experts)
+
+    def _quantize_experts(
+        self,
+        layer: nn.Module,
+        mixture: tuple[LinearInput, ...],
+        routed: RoutedTokens | None,
+        report: LayerReport,
+    ) -> None:
+        name = self.family.layer_name(report.index)
+        treatments = {entry: treatment(self.recipe, name, entry) for entry in mixture}
+        done = quantize_experts(layer, treatments, self.rotations, routed, self.device, self.hessian_bytes)
+        report.undersampled_experts = done.undersampled
+        report.fallbacks += done.fallbacks
+        for message in done.messages(report.index):
+            warnings.warn(message, stacklevel=2)
 
     def _key_bits(self) -> list[int]:
         """Key bits of each layer; the layers the 4-bit cache hurts most get 8 if the recipe grants it."""

@@ -16,6 +16,7 @@ from ..recipe import Activations, Recipe, Weights
 
 __all__ = [
     "Treatment",
+    "changes_linears",
     "check_patterns",
     "group_size_for",
     "head_is_kept",
@@ -65,6 +66,11 @@ def sections(recipe: Recipe) -> list[tuple[Weights, Activations]]:
     return [(w, a) for w in weights for a in activations]
 
 
+def changes_linears(recipe: Recipe) -> bool:
+    """Whether some linears are rotated or quantized; else they and experts stay what they are."""
+    return recipe.rotation is not None or any(weights.bits == 4 for weights, _ in sections(recipe))
+
+
 def head_is_kept(recipe: Recipe, family: ModelFamily) -> bool:
     """Whether the output head stays in full precision."""
     return recipe.head.bits == 16 or _matches(family.head, recipe.modules_to_not_convert)
@@ -76,17 +82,20 @@ def check_patterns(recipe: Recipe, family: ModelFamily, model: nn.Module) -> Non
     Raises:
         RecipeError: there is one; the message gives the names there are.
     """
-    layers = range(len(list(model.get_submodule(family.layers).children())))
-    inputs = [entry.path for entry in family.inputs]
-    linears = [path for entry in family.inputs for path in entry.linear_paths]
+    inputs: list[tuple[str, str]] = []
+    linears: list[tuple[str, str]] = []
+    for index, layer in enumerate(model.get_submodule(family.layers).children()):
+        for entry in family.inputs_in(layer):
+            inputs.append((family.layer_name(index), entry.path))
+            linears += [(family.layer_name(index), path) for path in entry.linear_paths]
     for field, patterns, paths, others in (
         ("overrides", [override.match for override in recipe.overrides], inputs, []),
         ("modules_to_not_convert", recipe.modules_to_not_convert, linears, [family.head]),
     ):
-        names = [f"{family.layer_name(index)}.{path}" for index in layers for path in paths]
+        names = [*(f"{layer}.{path}" for layer, path in paths), *others]
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in (*names, *others)):
-                known = [*(f"{family.layers}.N.{path}" for path in paths), *others]
+            if not any(fnmatchcase(name, pattern) for name in names):
+                known = [*dict.fromkeys(f"{family.layers}.N.{path}" for _, path in paths), *others]
                 raise RecipeError(
                     f"'{pattern}' in the recipe's {field} matches nothing in this model. The names are"
                     f" {', '.join(known)}; a '*' in a pattern stands for anything."

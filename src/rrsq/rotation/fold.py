@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedArchitectureError
 from ..models import ModelFamily, ModelSizes
+from ..nn.experts import Experts
 from .norms import Affine, read_affine, replace_final_norm, replace_layer_norms
-from .online import rotate_input_online
+from .online import matrices, rotate_input_online
 from .rotations import Rotations
 
-__all__ = ["fold_embedding", "fold_head", "fold_layer", "rotate_model", "untie_head"]
+__all__ = ["fold_embedding", "fold_head", "fold_layer", "open_experts", "rotate_model", "untie_head"]
 
 Rotate = Callable[[Tensor], Tensor]
 
@@ -53,6 +54,17 @@ def fold_head(model: nn.Module, family: ModelFamily, rotations: Rotations) -> No
     _fold_reader(_module(model, family.head), affine, rotations.residual.apply)
 
 
+def open_experts(layer: nn.Module, family: ModelFamily) -> None:
+    """Put :class:`~rrsq.nn.experts.Experts` in the place of a decoder layer's experts, with their weights.
+
+    Their linears are modules then, and can be folded and quantized like others.
+    """
+    for path in {entry.parent for entry in family.inputs_in(layer) if entry.experts}:
+        module = _module(layer, path)
+        if not isinstance(module, Experts):
+            layer.set_submodule(path, Experts.of(module))
+
+
 def fold_layer(layer: nn.Module, family: ModelFamily, rotations: Rotations, sizes: ModelSizes) -> None:
     """Fold all rotations into one decoder layer, in place.
 
@@ -68,7 +80,7 @@ def fold_layer(layer: nn.Module, family: ModelFamily, rotations: Rotations, size
         _fold_residual(layer, family, rotations, rotations.residual.apply)
     if rotations.head is not None:
         _fold_head_dim(layer, family, rotations.head.apply, sizes)
-    for entry in family.inputs:
+    for entry in family.inputs_in(layer):
         rotate_input_online(layer, entry, rotations)
 
 
@@ -78,6 +90,7 @@ def rotate_model(model: nn.Module, family: ModelFamily, rotations: Rotations, si
         untie_head(model, family)
     fold_embedding(model, family, rotations)
     for layer in _module(model, family.layers):
+        open_experts(layer, family)
         fold_layer(layer, family, rotations, sizes)
     fold_head(model, family, rotations)
     return model
@@ -88,7 +101,7 @@ def _fold_residual(layer: nn.Module, family: ModelFamily, rotations: Rotations, 
     affine = {path: read_affine(_module(layer, path), family.norm) for path in family.layer_norms}
     replace_layer_norms(layer, family, rotations)
     write = _writer(family, rotate)
-    for entry in family.inputs:
+    for entry in family.inputs_in(layer):
         if entry.reads_residual:
             read = affine[entry.norm] if entry.norm else Affine(1.0)
             for path in (*entry.linear_paths, *entry.full_precision):
@@ -114,20 +127,21 @@ def _fold_head_dim(layer: nn.Module, family: ModelFamily, rotate: Rotate, sizes:
 
 def _fold_reader(linear: Any, affine: Affine, rotate: Rotate) -> None:
     """``W (x * gain + bias)`` for a rotated ``x``: gain and R go into W, the bias into the linear's."""
-    weight = _double(linear.weight)
     if affine.bias is not None:
         if linear.bias is None:
             raise UnsupportedArchitectureError(
                 "A LayerNorm has a bias and a linear behind it has none that could take it up, so that R1"
                 " cannot be folded. Use --set rotation.residual=false."
             )
-        _assign(linear.bias, _double(linear.bias) + weight @ affine.bias)
-    _assign(linear.weight, rotate(weight * affine.gain))
+        _assign(linear.bias, _double(linear.bias) + _double(linear.weight) @ affine.bias)
+    for matrix in matrices(linear.weight):
+        _assign(matrix, rotate(_double(matrix) * affine.gain))
 
 
 def _fold_writer(linear: Any, rotate: Rotate, rows: slice = slice(None)) -> None:
     """Rotate a linear's outputs, or some of them."""
-    _assign(linear.weight[rows], rotate(_double(linear.weight[rows]).t()).t())
+    for matrix in matrices(linear.weight):
+        _assign(matrix[rows], rotate(_double(matrix[rows]).t()).t())
     if linear.bias is not None:
         _assign(linear.bias[rows], rotate(_double(linear.bias[rows])))
 

@@ -5,18 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..models import LinearInput
 from ..nn.rotation import OnlineHadamard, RotatedLinear
 from .rotations import Rotations
 
-__all__ = ["online_rotation", "rotate_input_online"]
+__all__ = ["matrices", "online_rotation", "rotate_input_online"]
+
+
+def matrices(weight: Tensor) -> Tensor:
+    """Views of the matrices ``[out, in]`` of a weight, one for each expert where it has several.
+
+    Folding takes them one by one, for the sake of memory: it is done in float64.
+    """
+    return weight.detach().view(-1, *weight.shape[-2:])
 
 
 def online_rotation(entry: LinearInput, rotations: Rotations, channels: int) -> OnlineHadamard | None:
     """The online rotation of an input of this many channels, or None."""
-    plans = {"o": rotations.across_heads, "down": rotations.intermediate}
+    plans = {"o": rotations.across_heads, "down": rotations.intermediate_of(channels)}
     plan = plans.get(entry.name, rotations.residual_online)
     return None if plan is None else OnlineHadamard(plan, inner=channels // plan.size)
 
@@ -28,9 +36,10 @@ def rotate_input_online(layer: nn.Module, entry: LinearInput, rotations: Rotatio
     """
     for path in entry.linear_paths:
         linear: Any = layer.get_submodule(path)
-        rotation = online_rotation(entry, rotations, linear.weight.shape[1])
+        rotation = online_rotation(entry, rotations, linear.weight.shape[-1])
         if rotation is None:
             return
         with torch.no_grad():
-            linear.weight.copy_(rotation(linear.weight.detach().double()))
+            for matrix in matrices(linear.weight):
+                matrix.copy_(rotation(matrix.double()))
         layer.set_submodule(path, RotatedLinear(rotation, linear))

@@ -43,6 +43,7 @@ class Rotations:
         head: R2, head_dim, folded into values and o_proj.
         across_heads: the head index of o_proj's input, online.
         intermediate: R4, down_proj's input, online.
+        more_intermediate: R4 for MLPs of other sizes in the same model.
     """
 
     residual: RandomizedHadamard | None = None
@@ -50,6 +51,12 @@ class Rotations:
     head: RandomizedHadamard | None = None
     across_heads: HadamardPlan | None = None
     intermediate: HadamardPlan | None = None
+    more_intermediate: tuple[HadamardPlan, ...] = ()
+
+    def intermediate_of(self, size: int) -> HadamardPlan | None:
+        """R4 for an MLP of ``size`` channels, or None."""
+        plans = (self.intermediate, *self.more_intermediate)
+        return next((plan for plan in plans if plan is not None and plan.size == size), None)
 
     def describe(self) -> dict[str, Any]:
         """Plain data for ``config.json``: of each rotation the size, the block and the order of its base."""
@@ -63,6 +70,7 @@ class Rotations:
             "head": plan(self.head.plan if self.head else None),
             "across_heads": plan(self.across_heads),
             "intermediate": plan(self.intermediate),
+            "more_intermediate": [plan(p) for p in self.more_intermediate] or None,
         }
 
 
@@ -92,12 +100,15 @@ def make_rotations(
     residual = RandomizedHadamard(_signs(sizes.hidden, generator), plan_hadamard(sizes.hidden))
     head = RandomizedHadamard(_signs(sizes.head_dim, generator), plan_hadamard(sizes.head_dim))
     across = recipe.across_heads and sizes.heads > 1 and is_known_order(sizes.heads)
-    intermediate = plan_hadamard(sizes.intermediate, shards=recipe.shards)
+    sizes_of_r4 = (sizes.intermediate, *sizes.more_intermediate) if recipe.intermediate else ()
+    plans = {size: plan_hadamard(size, shards=recipe.shards) for size in sizes_of_r4}
+    r4 = {size: plan for size, plan in plans.items() if plan.block > 1}
     online = recipe.residual and not folds_residual and residual.plan.block > 1
     return Rotations(
         residual=residual if recipe.residual and folds_residual else None,
         residual_online=residual.plan if online else None,
         head=head if recipe.head else None,
         across_heads=plan_hadamard(sizes.heads) if across else None,
-        intermediate=intermediate if recipe.intermediate and intermediate.block > 1 else None,
+        intermediate=r4.pop(sizes.intermediate, None),
+        more_intermediate=tuple(r4.values()),
     )
