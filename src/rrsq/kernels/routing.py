@@ -34,21 +34,20 @@ class Routing(NamedTuple):
     block_rows: int
 
 
-def route_rows(experts: Tensor, num_experts: int) -> Routing:
+def route_rows(experts: Tensor, num_experts: int, block_rows: int | None = None) -> Routing:
     """Sort rows by expert and cut them into blocks.
-
-    Few rows seldom share an expert: up to a quarter of the experts' number each row is its own block, and
-    nothing is sorted.
 
     Args:
         experts: int ``[rows]``, the expert of each row, each in ``0..num_experts - 1``.
         num_experts: how many there are.
+        block_rows: rows of a block, 1 for no sorting; None chooses by the number of rows.
     """
     rows = experts.shape[0]
-    if rows <= max(num_experts // 4, 1):
+    if block_rows is None:
+        block_rows = _block_rows(rows, num_experts)
+    if block_rows == 1:
         empty = torch.empty(0, dtype=torch.int64, device=experts.device)
         return Routing(experts, empty, empty.to(torch.int32).view(3, 0), 1)
-    block_rows = _block_rows(rows, num_experts)
     ordered, order = torch.sort(experts, stable=True)
     # start[e] is the number of rows of the experts before e.
     edges = torch.arange(num_experts + 1, dtype=ordered.dtype, device=experts.device)
@@ -65,5 +64,10 @@ def route_rows(experts: Tensor, num_experts: int) -> Routing:
 
 
 def _block_rows(rows: int, num_experts: int) -> int:
-    """The least block that the mean number of rows of an expert fits into."""
+    """The least block that the mean number of rows of an expert fits into.
+
+    Few rows seldom share an expert: up to a quarter of the experts' number each row is its own block.
+    """
+    if rows <= max(num_experts // 4, 1):
+        return 1
     return next((size for size in _BLOCK_SIZES if rows <= size * num_experts), _BLOCK_SIZES[-1])
