@@ -52,8 +52,9 @@ _library.define(
 )
 _library.define(
     "grouped_linear(Tensor operand, Tensor? scale, Tensor? group_scale, int tokens_per_set, Tensor experts, "
-    "Tensor order, Tensor blocks, int block_rows, int rows_per_token, Tensor weight_packed, "
-    "Tensor weight_scale, Tensor? weight_multiplier, ScalarType out_dtype, Tensor? unpacked) -> Tensor"
+    "Tensor order, Tensor start, Tensor ends, Tensor blocks, int block_rows, int rows_per_token, "
+    "Tensor weight_packed, Tensor weight_scale, Tensor? weight_multiplier, ScalarType out_dtype, "
+    "Tensor? unpacked) -> Tensor"
 )
 
 
@@ -209,6 +210,8 @@ def _grouped_linear(
     tokens_per_set: int,
     experts: Tensor,
     order: Tensor,
+    start: Tensor,
+    ends: Tensor,
     blocks: Tensor,
     block_rows: int,
     rows_per_token: int,
@@ -229,6 +232,8 @@ def _grouped_linear(
         tokens_per_set,
         experts,
         order,
+        start,
+        ends,
         blocks,
         block_rows,
         rows_per_token,

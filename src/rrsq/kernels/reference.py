@@ -126,6 +126,8 @@ def grouped_linear(
     tokens_per_set: int,
     experts: Tensor,
     order: Tensor,
+    start: Tensor,
+    ends: Tensor,
     blocks: Tensor,
     block_rows: int,
     rows_per_token: int,

@@ -2,7 +2,7 @@
 
 A grouped product takes its rows in blocks that belong to one expert each. How many blocks an expert needs
 depends on the data; how many there can be at most does not. So the table of blocks has that fixed length, and
-what is not needed is marked.
+what is not needed is marked. Few operations make it: at decode each of them counts.
 """
 
 from __future__ import annotations
@@ -18,18 +18,25 @@ _BLOCK_SIZES = (16, 32, 64, 128)
 
 
 class Routing(NamedTuple):
-    """Which expert multiplies which row.
+    """Which expert multiplies which row, and the rows in blocks.
+
+    Block ``b`` of expert ``e`` holds the rows ``order[start[e] + i * block_rows:][:block_rows]``, no further
+    than ``start[e + 1]``, where ``i`` is ``b`` less the blocks of the experts before ``e``.
 
     Attributes:
         experts: int ``[rows]``, each in ``0..num_experts - 1``.
-        order: int64 ``[rows]``, the rows sorted by expert; empty where every row is a block of its own.
-        blocks: int32 ``[3, blocks]``: of each block its expert, its first position in ``order`` and the one
-            past its last. The expert of a block that is not needed is ``num_experts``. Empty with ``order``.
-        block_rows: rows of a block at most.
+        order: int64 ``[rows]``, the rows sorted by expert.
+        start: int64 ``[num_experts + 1]``, the number of rows of the experts before each.
+        ends: int64 ``[num_experts]``, the number of blocks of the experts up to each.
+        blocks: int64 ``[blocks]``, the expert of each block; ``num_experts`` for one that is not needed.
+        block_rows: rows of a block at most. With 1 each row is its own block, and the tensors behind
+            ``experts`` are empty.
     """
 
     experts: Tensor
     order: Tensor
+    start: Tensor
+    ends: Tensor
     blocks: Tensor
     block_rows: int
 
@@ -47,20 +54,14 @@ def route_rows(experts: Tensor, num_experts: int, block_rows: int | None = None)
         block_rows = _block_rows(rows, num_experts)
     if block_rows == 1:
         empty = torch.empty(0, dtype=torch.int64, device=experts.device)
-        return Routing(experts, empty, empty.to(torch.int32).view(3, 0), 1)
+        return Routing(experts, empty, empty, empty, empty, 1)
     ordered, order = torch.sort(experts, stable=True)
-    # start[e] is the number of rows of the experts before e.
     edges = torch.arange(num_experts + 1, dtype=ordered.dtype, device=experts.device)
     start = torch.searchsorted(ordered, edges)
-    blocks_of = (start.diff() + (block_rows - 1)) // block_rows
-    last_block = blocks_of.cumsum(0)
+    ends = ((start.diff() + (block_rows - 1)) // block_rows).cumsum(0)
     most = (rows + min(num_experts, rows) * (block_rows - 1)) // block_rows
     block = torch.arange(most, device=experts.device)
-    expert = torch.searchsorted(last_block, block, right=True)
-    known = expert.clamp(max=num_experts - 1)
-    first = start[known] + (block - (last_block - blocks_of)[known]) * block_rows
-    last = torch.minimum(first + block_rows, start[known + 1])
-    return Routing(experts, order, torch.stack((expert, first, last)).to(torch.int32), block_rows)
+    return Routing(experts, order, start, ends, torch.searchsorted(ends, block, right=True), block_rows)
 
 
 def _block_rows(rows: int, num_experts: int) -> int:

@@ -29,6 +29,8 @@ def grouped_linear(
     tokens_per_set: int,
     experts: Tensor,
     order: Tensor,
+    start: Tensor,
+    ends: Tensor,
     blocks: Tensor,
     block_rows: int,
     rows_per_token: int,
@@ -42,10 +44,10 @@ def grouped_linear(
     num_experts, out_features, row_bytes = weight_packed.shape
     out = torch.empty(experts.shape[0], out_features, dtype=out_dtype, device=operand.device)
     if experts.shape[0]:
-        routing = Routing(experts, order, blocks, block_rows)
-        tiles = min(experts.shape[0], blocks.shape[1], num_experts)
+        routing = Routing(experts, order, start, ends, blocks, block_rows)
+        likely = min(experts.shape[0], num_experts)
         launch_grouped(
-            grouped_plan(block_rows, tiles, out_features, row_bytes),
+            grouped_plan(block_rows, likely, out_features, row_bytes),
             operand.contiguous(),
             scale,
             routing,
@@ -58,8 +60,8 @@ def grouped_linear(
     return out
 
 
-def grouped_plan(block_rows: int, blocks: int, out_features: int, row_bytes: int) -> GemvPlan | FusedPlan:
-    """The plan for blocks of ``block_rows`` rows, of which ``blocks`` are likely to be needed at least.
+def grouped_plan(block_rows: int, likely: int, out_features: int, row_bytes: int) -> GemvPlan | FusedPlan:
+    """The plan for blocks of ``block_rows`` rows, of which ``likely`` will be needed or more.
 
     All need less than 100 KiB of shared memory. K is split where the output alone has too few tiles.
     """
@@ -68,7 +70,7 @@ def grouped_plan(block_rows: int, blocks: int, out_features: int, row_bytes: int
     if block_rows == 128:
         return FusedPlan(128, 128, 64, 1, 4, 3)
     split = 1
-    while blocks * triton.cdiv(out_features, 64) * split < _ENOUGH_TILES and 512 * split <= row_bytes:
+    while likely * triton.cdiv(out_features, 64) * split < _ENOUGH_TILES and 512 * split <= row_bytes:
         split *= 2
     return FusedPlan(block_rows, 64, 128, split, 4, 4 if block_rows == 16 else 3)
 
@@ -109,7 +111,7 @@ def launch_grouped(
             num_warps=plan.warps,
         )
         return
-    blocks = routing.blocks.shape[1]
+    blocks = routing.blocks.shape[0]
     tiles_out = triton.cdiv(out_features, plan.block_out)
     split = min(plan.split, triton.cdiv(packed.shape[2], plan.block_bytes))
     split = split if blocks * tiles_out <= MAXIMUM_COUNTERS else 1
@@ -122,6 +124,8 @@ def launch_grouped(
         operand,
         scale,
         routing.order,
+        routing.start,
+        routing.ends,
         routing.blocks,
         packed,
         packed if multiplier is None else multiplier,

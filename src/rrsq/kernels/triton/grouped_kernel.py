@@ -21,6 +21,8 @@ def grouped_gemm_kernel(
     operand_pointer,
     scale_pointer,
     order_pointer,
+    start_pointer,
+    ends_pointer,
     blocks_pointer,
     packed_pointer,
     multiplier_pointer,
@@ -45,8 +47,8 @@ def grouped_gemm_kernel(
 ):
     """One tile ``[BLOCK_OUT, BLOCK_ROWS]`` of Y^T of one block, or one of its ``SPLIT`` parts.
 
-    ``order_pointer`` int64 ``[rows]`` and ``blocks_pointer`` int32 ``[3, blocks]``: see
-    :class:`rrsq.kernels.routing.Routing`. Row ``r`` of the result reads the token ``r // ROWS_PER_TOKEN``.
+    The table of blocks is that of :class:`rrsq.kernels.routing.Routing`, all of it int64. Row ``r`` of the
+    result reads the token ``r // ROWS_PER_TOKEN``.
     """
     block = tl.program_id(0)
     tile_out = tl.program_id(1)
@@ -54,12 +56,13 @@ def grouped_gemm_kernel(
     expert = tl.load(blocks_pointer + block)
     if expert == num_experts:
         return
-    position = tl.load(blocks_pointer + blocks + block) + tl.arange(0, BLOCK_ROWS)
-    last_position = tl.load(blocks_pointer + 2 * blocks + block)
+    before = tl.load(ends_pointer + expert - 1, mask=expert > 0, other=0)
+    last_position = tl.load(start_pointer + expert + 1)
+    position = tl.load(start_pointer + expert) + (block - before) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     y_row = tl.load(order_pointer + tl.minimum(position, last_position - 1))
     x_row = y_row // ROWS_PER_TOKEN
     out = tile_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row = expert.to(tl.int64) * out_features + tl.minimum(out, out_features - 1)
+    row = expert * out_features + tl.minimum(out, out_features - 1)
     steps = tl.cdiv(in_features // 2, BLOCK_BYTES)
     accumulator = multiply_packed(
         operand_pointer,
