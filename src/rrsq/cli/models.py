@@ -66,7 +66,8 @@ def _orders(sizes: ModelSizes) -> tuple[str, ...]:
     from rrsq.rotation.hadamard import is_known_order
 
     heads = _order(sizes.heads) if is_known_order(sizes.heads) else f"{sizes.heads}: none"
-    return _order(sizes.hidden), _order(sizes.head_dim), heads, _order(sizes.intermediate)
+    intermediate = ", ".join(_order(size) for size in (sizes.intermediate, *sizes.more_intermediate))
+    return _order(sizes.hidden), _order(sizes.head_dim), heads, intermediate
 
 
 def _order(size: int) -> str:
