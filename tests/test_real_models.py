@@ -57,7 +57,7 @@ def test_rotation_leaves_the_logits_alone(name: str) -> None:
         before = model(tokens).logits.double()
         sizes = ModelSizes.from_config(model.config)
         rotations = make_rotations(Rotation(), sizes, seed=0)
-        rotate_model(model, family_for(model.config), rotations, sizes.head_dim)
+        rotate_model(model, family_for(model.config), rotations, sizes)
         after = model(tokens).logits.double()
     assert float((after - before).norm() / before.norm()) < 1e-5
 

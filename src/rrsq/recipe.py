@@ -19,7 +19,9 @@ __all__ = [
     "INPUTS",
     "Activations",
     "CacheTensor",
+    "Head",
     "KVCache",
+    "Override",
     "Recipe",
     "Rotation",
     "Smoothing",
@@ -147,6 +149,30 @@ class KVCache(_Part):
     )
 
 
+class Head(_Part):
+    """The output head, which is quantized in its weights only; the embedding stays in 16 bits."""
+
+    bits: Literal[16, 8, 4] = Field(
+        default=16, description="8: rounded to nearest, one scale a row; 4: as the weights section says"
+    )
+
+
+class Override(_Part):
+    """Other sections for some linear inputs; each given section replaces the recipe's as a whole."""
+
+    match: str = Field(
+        min_length=1, description="pattern of input names, such as *.mlp.down or model.layers.0.*"
+    )
+    weights: Weights | None = None
+    activations: Activations | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Override:
+        if self.weights is None and self.activations is None:
+            raise ValueError("gives neither weights nor activations, so it overrides nothing")
+        return self
+
+
 class Recipe(_Part):
     """What decides a checkpoint's content, apart from the model, the calibration data and the seed."""
 
@@ -156,11 +182,24 @@ class Recipe(_Part):
     weights: Weights = Weights()
     activations: Activations = Activations()
     kv_cache: KVCache | None = None
+    head: Head = Head()
+    modules_to_not_convert: tuple[str, ...] = Field(
+        default=(), description="patterns of module names that stay in full precision, such as *.o_proj"
+    )
+    overrides: tuple[Override, ...] = Field(
+        default=(), description="other weights or activations for inputs by pattern; the last match counts"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.weights.bits == 16 and (self.activations.bits != 16 or self.rotation is not None):
             raise ValueError("weights.bits: 16 needs activations.bits: 16 and rotation: null")
+        for override in self.overrides:
+            weights, activations = override.weights or self.weights, override.activations or self.activations
+            if weights.bits == 16 and activations.bits != 16:
+                raise ValueError(
+                    f"override of '{override.match}': weights.bits: 16 needs activations: {{bits: 16}} there"
+                )
         return self
 
     @field_validator("name")

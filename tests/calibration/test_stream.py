@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rrsq.calibration.stream import HiddenStates, collect_inputs, collect_means
+from rrsq.calibration.stream import HiddenStates, collect_cache_means, collect_inputs
 from rrsq.models import ModelSizes, family_for
+from rrsq.nn.rope import KeyRotary
 from rrsq.recipe import Rotation
 from rrsq.rotation.fold import rotate_model
 from rrsq.rotation.hadamard import orthonormal
@@ -20,10 +21,10 @@ from rrsq.rotation.rotations import make_rotations
 from tiny_quantized import random_tokens
 
 LINEARS = {
-    "qkv": "self_attn.q_proj",
-    "o": "self_attn.o_proj",
-    "gate_up": "mlp.gate_proj",
-    "down": "mlp.down_proj",
+    "self_attn.qkv": "self_attn.q_proj",
+    "self_attn.o": "self_attn.o_proj",
+    "mlp.gate_up": "mlp.gate_proj",
+    "mlp.down": "mlp.down_proj",
 }
 CPU = torch.device("cpu")
 
@@ -117,7 +118,7 @@ def test_hessians_of_rotated_inputs_are_rotated(folder: Path) -> None:
         sizes = ModelSizes.from_config(model.config)
         rotations = make_rotations(recipe, sizes, seed=0)
         family = family_for(model.config)
-        rotate_model(model, family, rotations, sizes.head_dim)
+        rotate_model(model, family, rotations, sizes)
         layer = model.model.layers[0]
         with collect_inputs(layer, family.inputs, CPU, with_hessian=True) as statistics:
             stream(model, windows).observe(layer)
@@ -125,7 +126,10 @@ def test_hessians_of_rotated_inputs_are_rotated(folder: Path) -> None:
     assert rotations.intermediate is not None
     assert rotations.across_heads is not None
     across = torch.kron(orthonormal(rotations.across_heads, torch.float64), torch.eye(16).double())
-    for name, R in (("down", orthonormal(rotations.intermediate, torch.float64)), ("o", across)):
+    for name, R in (
+        ("mlp.down", orthonormal(rotations.intermediate, torch.float64)),
+        ("self_attn.o", across),
+    ):
         plain, rotated = hessians[0][name].hessian, hessians[1][name].hessian
         assert plain is not None
         assert rotated is not None
@@ -139,14 +143,15 @@ def test_means_are_those_of_the_projections(folder: Path) -> None:
     model = load(folder)
     hidden = stream(model, random_tokens(5, 24))
     layer = model.model.layers[0]
-    with collect_means({"key": layer.self_attn.k_proj, "value": layer.self_attn.v_proj}) as means:
+    with collect_cache_means(layer.self_attn, KeyRotary(model.model.rotary_emb)) as means:
         hidden.observe(layer)
     x = layer.input_layernorm(torch.cat(hidden.batches)).reshape(120, -1).double()
     for name, linear in (("key", layer.self_attn.k_proj), ("value", layer.self_attn.v_proj)):
         expected = x.mean(0) @ linear.weight.double().T
         if linear.bias is not None:
             expected = expected + linear.bias.double()
-        np.testing.assert_allclose(means[name].mean().numpy(), expected.detach().numpy(), rtol=0, atol=1e-5)
+        mean = means[name].mean().flatten().numpy()
+        np.testing.assert_allclose(mean, expected.detach().numpy(), rtol=0, atol=1e-5)
 
 
 def test_the_hooks_are_gone_afterwards(folder: Path) -> None:
@@ -156,10 +161,10 @@ def test_the_hooks_are_gone_afterwards(folder: Path) -> None:
     inputs = family_for(model.config).inputs
     with collect_inputs(layer, inputs, CPU, with_hessian=False) as statistics:
         hidden.observe(layer)
-    with pytest.raises(RuntimeError), collect_means({"key": layer.self_attn.k_proj}):
+    with pytest.raises(RuntimeError), collect_cache_means(layer.self_attn, None):
         raise RuntimeError
-    tokens = statistics["qkv"].tokens
+    tokens = statistics["self_attn.qkv"].tokens
     hidden.observe(layer)
-    assert statistics["qkv"].tokens == tokens
+    assert statistics["self_attn.qkv"].tokens == tokens
     modules = list(layer.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)

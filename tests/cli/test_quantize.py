@@ -130,7 +130,8 @@ def test_unsupported_architecture_lists_the_supported(tmp_path: Path) -> None:
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
     message = failure(rrsq("quantize", model, "-o", tmp_path / "out"), 2)
-    assert "llama, qwen2" in message
+    assert "llama, mistral" in message
+    assert "docs/adding-a-model.md" in message
 
 
 def test_missing_tokenizer(tiny_qwen2_dir: Path, tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_quantized import VOCABULARY_SIZE, random_tokens, recipe_of
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rrsq import kernels
 from rrsq.quantization.pipeline import quantize_model
+from tiny_quantized import VOCABULARY_SIZE, random_tokens, recipe_of
 
 pytest.importorskip("triton")
 

@@ -34,6 +34,15 @@ def test_shapes_and_dtypes_of_the_fake_implementations(problem):
             (p.operand, p.scale, p.packed, p.weight_scale, p.multiplier, p.bias, torch.bfloat16, None),
         ),
         (ops.linear_weight_only, (x, p.packed, p.weight_scale, p.multiplier, p.bias, None)),
+        (
+            ops.grouped_linear,
+            (
+                *(p.operand, p.scale, None, 1),
+                *kernels.route_rows(torch.tensor([0, 1, 1, 0, 1]), 2),
+                *(1, p.packed.view(2, 12, 48), p.weight_scale.view(2, 12)),
+                *(p.multiplier.view(2, 12, -1), torch.bfloat16, None),
+            ),
+        ),
     ]
     with kernels.use_kernels("eager"):
         for op, arguments in cases:

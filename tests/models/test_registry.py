@@ -5,7 +5,15 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+import transformers
+from transformers import (
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+)
 
 from rrsq.errors import UnsupportedArchitectureError
 from rrsq.models import ModelFamily, ModelSizes, families, family_for, register_family, registry
@@ -26,10 +34,25 @@ def test_an_unsupported_architecture_lists_the_supported(config: object) -> None
     assert caught.value.exit_code == 2
 
 
-def test_sliding_window_attention_is_refused() -> None:
-    config = Qwen2Config(use_sliding_window=True, sliding_window=64, max_window_layers=0)
-    with pytest.raises(UnsupportedArchitectureError, match="sliding-window"):
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (OPTConfig(word_embed_proj_dim=512, hidden_size=1024), "embedding is projected"),
+        (OPTConfig(do_layer_norm_before=False), "do_layer_norm_before"),
+        (OPTConfig(_remove_final_layer_norm=True), "norms do not stand before"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "bidirectional"),
+    ],
+)
+def test_a_configuration_that_a_family_does_not_cover_is_refused(config: object, reason: str) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match=reason):
         family_for(config)
+
+
+def test_every_family_names_a_class_of_transformers_and_an_input_of_each_kind() -> None:
+    for family in families():
+        assert getattr(transformers, family.architecture).config_class.model_type == family.model_type
+        assert {entry.name for entry in family.inputs} == {"qkv", "o", "gate_up", "down"}
+        assert len({entry.path for entry in family.inputs}) == len(family.inputs)
 
 
 def test_a_family_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +69,7 @@ def test_sizes_do_not_assume_that_heads_fill_the_hidden_size() -> None:
     )
     sizes = ModelSizes.from_config(config)
     assert (sizes.heads, sizes.kv_heads, sizes.head_dim) == (4, 2, 16)
-    assert [sizes.channels(name) for name in ("qkv", "o", "gate_up", "down")] == [96, 64, 96, 160]
+    assert (sizes.hidden, sizes.intermediate) == (96, 160)
 
 
 def test_sizes_without_head_dim_in_the_configuration() -> None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from rrsq.nn.kv_cache import CacheScheme, KVQuantizer, QuantizedCacheLayer
+from rrsq.nn.cache_layers import QuantizedCacheLayer
+from rrsq.nn.kv_cache import CacheScheme, KVQuantizer
+from rrsq.nn.rope import KeyRotary
 from rrsq.recipe import CacheTensor, Recipe
 from rrsq.rotation.hadamard import orthonormal, plan_hadamard
 from tiny_quantized import load_tiny, logits_of, quantize_tiny, random_tokens, recipe_of
@@ -41,7 +43,7 @@ def make_quantizer(
         values or CacheScheme(4, HEAD_DIM, False, False, offsets),
         HEADS,
         HEAD_DIM,
-        Rotary(),
+        KeyRotary(Rotary()),
     )
     generator = torch.Generator().manual_seed(7)
     for tensor in (quantizer.keys, quantizer.values):

@@ -182,10 +182,10 @@ def test_a_layer_whose_hessian_fails_is_rounded_and_reported(
         return original(hessian, **options)
 
     monkeypatch.setattr(weights_module, "factor_hessian", failing)
-    with pytest.warns(UserWarning, match=r"Layer 1, input 'down': the Hessian could not be factored"):
+    with pytest.warns(UserWarning, match=r"Layer 1, input 'mlp.down': the Hessian could not be factored"):
         quantized = quantize_tiny(tiny_llama_dir, recipe_of("rrs-w4a4kv4"))
     assert seen == 3 * [96, 64, 96, 160]
-    assert quantized.report.fallbacks == ["layer 1 down"]
+    assert quantized.report.fallbacks == ["layer 1 mlp.down"]
     assert bool(torch.isfinite(logits_of(quantized.model, random_tokens(1, 8))).all())
 
 

@@ -34,7 +34,7 @@ ONE_BY_ONE = {
 def rotate(model: Any, recipe: Rotation, seed: int = 0) -> Rotations:
     sizes = ModelSizes.from_config(model.config)
     rotations = make_rotations(recipe, sizes, seed)
-    rotate_model(model, family_for(model.config), rotations, sizes.head_dim)
+    rotate_model(model, family_for(model.config), rotations, sizes)
     return rotations
 
 

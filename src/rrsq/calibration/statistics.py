@@ -25,6 +25,8 @@ class InputStatistics:
     def add(self, x: Tensor) -> None:
         """Add activations ``[..., channels]``."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if not rows.shape[0]:
+            return
         self.tokens += rows.shape[0]
         self.absmax = torch.maximum(self.absmax, rows.abs().amax(0))
         if self.hessian is not None:
@@ -32,21 +34,21 @@ class InputStatistics:
 
 
 class MeanStatistics:
-    """Accumulates the mean of ``[..., channels]`` in float64."""
+    """Accumulates the mean over tokens of ``[batch, tokens, ...]`` in float64."""
 
     def __init__(self) -> None:
         self.tokens = 0
         self.total: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        """Add outputs ``[..., channels]``."""
-        rows = x.detach().reshape(-1, x.shape[-1]).double()
+        """Add outputs ``[batch, tokens, ...]``."""
+        rows = x.detach().flatten(0, 1).double()
         self.tokens += rows.shape[0]
         total = rows.sum(0)
         self.total = total if self.total is None else self.total + total
 
     def mean(self) -> Tensor:
-        """float32 ``[channels]``."""
+        """float32, of the shape behind the tokens."""
         if self.total is None:
             raise ValueError("no activations were added")
         return (self.total / self.tokens).float()

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from ..models import LinearInput, ModelFamily
+from ..nn.cache_layers import token_positions
+from ..nn.rope import KeyRotary
+from .layer_calls import embedded, layer_calls
 from .statistics import InputStatistics, MeanStatistics
 
-__all__ = ["HiddenStates", "collect_inputs", "collect_means"]
+__all__ = ["HiddenStates", "collect_cache_means", "collect_inputs"]
 
 
 class HiddenStates:
     """The residual stream of all calibration windows between two layers, kept on the CPU in float32.
 
     Args:
-        model: supplies the embedding and the rotary embedding.
-        family: where they are.
+        model: on the CPU; its own forward pass says what each layer is called with.
+        family: where its parts are.
         windows: int64 ``[samples, tokens]``.
         device: where layers run.
         batch_tokens: tokens run at once.
@@ -39,25 +42,12 @@ class HiddenStates:
         embedding: Any = model.get_submodule(family.embedding)
         with torch.inference_mode():
             parts = windows.to(embedding.weight.device).split(batch)
-            self.batches = [embedding(part).float().cpu() for part in parts]
-        self._rotary = model.get_submodule(family.rotary)
-        # Other attention implementations are causal by themselves when they get no mask.
-        self._needs_mask = getattr(model.config, "_attn_implementation", None) == "eager"
+            self.batches = [embedded(model, family, part).cpu() for part in parts]
+            self._calls = layer_calls(model, family, parts[0][:1], device)
 
     def run(self, layer: nn.Module, batch: Tensor) -> Tensor:
         """The layer's output for one batch ``[samples, tokens, hidden]``, on the device."""
-        hidden = batch.to(self.device)
-        positions = torch.arange(hidden.shape[1], device=self.device).unsqueeze(0)
-        angles = self._rotary.to(self.device)(hidden, position_ids=positions)
-        output: Any = layer(
-            hidden,
-            attention_mask=_causal_mask(hidden) if self._needs_mask else None,
-            position_ids=positions,
-            past_key_values=None,
-            use_cache=False,
-            position_embeddings=angles,
-        )
-        return output[0] if isinstance(output, tuple) else output
+        return self._calls[layer](layer, batch.to(self.device))
 
     def observe(self, layer: nn.Module, on_batch: Callable[[], None] = lambda: None) -> Tensor:
         """Run all batches for the hooks' sake; return the first output ``[samples, tokens, hidden]``."""
@@ -79,24 +69,18 @@ class HiddenStates:
         return self.batches[0].to(self.device)
 
 
-def _causal_mask(hidden: Tensor) -> Tensor:
-    """What is added to attention scores: ``[1, 1, tokens, tokens]``, minus infinity above the diagonal."""
-    tokens = hidden.shape[1]
-    return torch.full((1, 1, tokens, tokens), -torch.inf, dtype=hidden.dtype, device=hidden.device).triu(1)
-
-
 @contextmanager
 def collect_inputs(
     layer: nn.Module, inputs: tuple[LinearInput, ...], device: torch.device, *, with_hessian: bool
 ) -> Iterator[dict[str, InputStatistics]]:
-    """While open, gather statistics of each linear input (after its online rotation), by input name."""
+    """While open, gather statistics of each linear input (after its online rotation), by the input's path."""
     statistics: dict[str, InputStatistics] = {}
     handles = []
     for entry in inputs:
-        linear: Any = layer.get_submodule(f"{entry.parent}.{entry.linears[0]}")
+        linear: Any = layer.get_submodule(entry.linear_paths[0])
         linear = getattr(linear, "linear", linear)
         gathered = InputStatistics(linear.weight.shape[1], device, with_hessian=with_hessian)
-        statistics[entry.name] = gathered
+        statistics[entry.path] = gathered
         handles.append(linear.register_forward_pre_hook(_input_hook(gathered)))
     try:
         yield statistics
@@ -106,28 +90,49 @@ def collect_inputs(
 
 
 @contextmanager
-def collect_means(modules: dict[str, nn.Module]) -> Iterator[dict[str, MeanStatistics]]:
-    """While open, gather the mean output of each module, by its given name."""
-    statistics = {name: MeanStatistics() for name in modules}
-    handles = [
-        module.register_forward_hook(_output_hook(statistics[name])) for name, module in modules.items()
-    ]
+def collect_cache_means(
+    attention: nn.Module, rotary: KeyRotary | None
+) -> Iterator[dict[str, MeanStatistics]]:
+    """While open, gather the mean key before RoPE and the mean value of an attention run without a cache.
+
+    They are measured where a cache would take them, and RoPE is undone, so that norms of keys and fused
+    projections need not be known. Under the names ``key`` and ``value``: means over tokens, ``[kv_heads,
+    head_dim]``.
+    """
+    observer = _CacheObserver(rotary)
+    handle = attention.register_forward_pre_hook(observer.before_attention, with_kwargs=True)
     try:
-        yield statistics
+        yield observer.means
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+
+
+class _CacheObserver:
+    """Stands where a cache would, and hands keys and values back as they came."""
+
+    def __init__(self, rotary: KeyRotary | None) -> None:
+        self.rotary = rotary
+        self.means = {"key": MeanStatistics(), "value": MeanStatistics()}
+        self.position_ids: Tensor | None = None
+
+    def before_attention(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.position_ids = kwargs.get("position_ids")
+        return args, {**kwargs, "past_key_values": self}
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        before = keys.float()
+        if self.rotary is not None:
+            positions = self.rotary.mark(token_positions(self.position_ids, keys, 0))
+            before = self.rotary.undo(before, positions)
+        self.means["key"].add(before.transpose(1, 2))
+        self.means["value"].add(values.transpose(1, 2))
+        return keys, values
 
 
 def _input_hook(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         statistics.add(args[0])
-
-    return hook
-
-
-def _output_hook(statistics: MeanStatistics) -> Callable[[nn.Module, Any, Tensor], None]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        statistics.add(output)
 
     return hook

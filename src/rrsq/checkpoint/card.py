@@ -9,6 +9,8 @@ from .describe import (
     describe_activations,
     describe_cache,
     describe_calibration,
+    describe_exceptions,
+    describe_head,
     describe_rotation,
     describe_weights,
 )
@@ -20,6 +22,7 @@ __all__ = ["model_card"]
 def model_card(info: CheckpointInfo, report: QuantizationReport) -> str:
     """Markdown with the Hub's metadata block: what was done, what it took, and how to run it."""
     recipe = info.recipe
+    exceptions = describe_exceptions(info)
     head = yaml.safe_dump(
         {"library_name": "transformers", "tags": ["rrsq", "4-bit", "w4a4"], "base_model": info.source_model},
         sort_keys=False,
@@ -45,6 +48,8 @@ def model_card(info: CheckpointInfo, report: QuantizationReport) -> str:
         f"| weights | {describe_weights(info)} |",
         f"| activations | {describe_activations(info)} |",
         f"| KV cache | {describe_cache(info)} |",
+        f"| output head | {describe_head(info)} |",
+        *([f"| except | {exceptions} |"] if exceptions else []),
         f"| rotation | {describe_rotation(info)} |",
         f"| calibration | {describe_calibration(info)} |",
         f"| size | {report.bytes_before / 1e6:.1f} MB before, {report.bytes_after / 1e6:.1f} MB after |",
@@ -53,6 +58,9 @@ def model_card(info: CheckpointInfo, report: QuantizationReport) -> str:
     ]
     if report.fallbacks:
         lines += ["", f"Rounded to nearest because GPTQ could not be used: {', '.join(report.fallbacks)}."]
+    if report.undersampled_experts:
+        experts = "; ".join(report.undersampled_experts)
+        lines += ["", f"Experts that saw little calibration text, and others' as well: {experts}."]
     if any(layer.output_snr_db is not None for layer in report.layers):
         lines += [
             "",

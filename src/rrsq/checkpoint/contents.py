@@ -10,7 +10,8 @@ from .validate import read_header
 
 __all__ = ["checkpoint_contents"]
 
-_QUANTIZED = ("weight_packed", "weight_scale", "weight_multiplier")
+# Weights that an entry of the tensors of a quantized linear stands for.
+_WEIGHTS_PER_ENTRY = {"weight_packed": 2, "weight_scale": 0, "weight_multiplier": 0}
 
 
 def checkpoint_contents(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -34,18 +35,17 @@ def checkpoint_contents(folder: Path) -> dict[str, tuple[int, int, int]]:
         for name, entry in read_header(shard).items():
             kind = _kind(name)
             first, last = entry["data_offsets"]
-            weights = math.prod(entry["shape"])
-            if kind == "INT4 linears":
-                weights = 2 * weights if name.endswith("weight_packed") else 0
+            weights = math.prod(entry["shape"]) * _WEIGHTS_PER_ENTRY.get(_leaf(name), 1)
             count, size, total = found.get(kind, (0, 0, 0))
             found[kind] = count + 1, size + last - first, total + weights
     return dict(sorted(found.items()))
 
 
 def _kind(name: str) -> str:
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf in _QUANTIZED:
-        return "INT4 linears"
     if "embed" in name or "lm_head" in name:
         return "embedding and head"
-    return "other"
+    return "INT4 linears" if _leaf(name) in _WEIGHTS_PER_ENTRY else "other"
+
+
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]

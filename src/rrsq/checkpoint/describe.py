@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
+from ..recipe import Activations, Weights
 from .format import CheckpointInfo, PlanInfo
 
 __all__ = [
     "describe_activations",
     "describe_cache",
     "describe_calibration",
+    "describe_exceptions",
+    "describe_head",
     "describe_rotation",
     "describe_weights",
 ]
 
+_ROTATIONS = {
+    "residual_online": "residual online, at the inputs of attention and MLP, since norms behind them keep it"
+    " from being folded"
+}
+
 
 def describe_weights(info: CheckpointInfo) -> str:
     """Bits, method and groups of the weights."""
-    weights = info.recipe.weights
-    if weights.bits == 16:
-        return "16 bits"
-    groups = "one scale a row"
-    if weights.group_size is not None:
-        groups = f"groups of up to {weights.group_size} with integer multipliers"
-    return f"INT{weights.bits}, {weights.method.upper()}, {groups}"
+    return _weights(info.recipe.weights)
 
 
 def describe_activations(info: CheckpointInfo) -> str:
     """Bits and smoothing of the activations."""
-    activations = info.recipe.activations
-    if activations.bits == 16:
-        return "16 bits"
-    smoothing = activations.smoothing
-    if smoothing is None:
-        return f"INT{activations.bits}, one scale a token"
-    fold = "integer-folded scales" if smoothing.fold == "integer" else "real scales"
-    return (
-        f"INT{activations.bits}, runtime smoothing of {smoothing.scope} scope, groups of up to"
-        f" {smoothing.group_size}, {fold}"
-    )
+    return _activations(info.recipe.activations)
+
+
+def describe_head(info: CheckpointInfo) -> str:
+    """Bits of the output head."""
+    bits = info.recipe.head.bits
+    return "16 bits" if bits == 16 else f"INT{bits} weights, 16-bit activations"
+
+
+def describe_exceptions(info: CheckpointInfo) -> str:
+    """What is treated otherwise than the lines above say, by pattern; empty if nothing is."""
+    parts = []
+    for override in info.recipe.overrides:
+        changes = []
+        if override.weights is not None:
+            changes.append(f"weights {_weights(override.weights)}")
+        if override.activations is not None:
+            changes.append(f"activations {_activations(override.activations)}")
+        parts.append(f"{override.match}: {', '.join(changes)}")
+    parts += [f"{pattern}: full precision" for pattern in info.recipe.modules_to_not_convert]
+    return "; ".join(parts)
 
 
 def describe_cache(info: CheckpointInfo) -> str:
@@ -55,14 +67,19 @@ def describe_cache(info: CheckpointInfo) -> str:
 
 def describe_rotation(info: CheckpointInfo) -> str:
     """The rotations and their sizes."""
-    found = {name: plan for name, plan in info.rotation if plan is not None}
-    if not found:
-        return "none"
-    return "; ".join(f"{name.replace('_', ' ')} ({_plan(plan)})" for name, plan in found.items())
+    parts = [
+        f"{_ROTATIONS.get(name, name.replace('_', ' '))} ({_plans(plans)})"
+        for name, plans in info.rotation
+        if plans is not None
+    ]
+    return "; ".join(parts) or "none"
 
 
-def _plan(plan: PlanInfo) -> str:
-    return str(plan.size) if plan.block == plan.size else f"{plan.size}, blocks of {plan.block}"
+def _plans(plans: PlanInfo | tuple[PlanInfo, ...]) -> str:
+    return " and ".join(
+        str(plan.size) if plan.block == plan.size else f"{plan.size}, blocks of {plan.block}"
+        for plan in (plans if isinstance(plans, tuple) else (plans,))
+    )
 
 
 def describe_calibration(info: CheckpointInfo) -> str:
@@ -72,4 +89,26 @@ def describe_calibration(info: CheckpointInfo) -> str:
         return "none needed"
     return (
         f"{calibration.num_samples} windows of {calibration.sequence_length} tokens of {calibration.source}"
+    )
+
+
+def _weights(weights: Weights) -> str:
+    if weights.bits == 16:
+        return "16 bits"
+    groups = "one scale a row"
+    if weights.group_size is not None:
+        groups = f"groups of up to {weights.group_size} with integer multipliers"
+    return f"INT{weights.bits}, {weights.method.upper()}, {groups}"
+
+
+def _activations(activations: Activations) -> str:
+    if activations.bits == 16:
+        return "16 bits"
+    smoothing = activations.smoothing
+    if smoothing is None:
+        return f"INT{activations.bits}, one scale a token"
+    fold = "integer-folded scales" if smoothing.fold == "integer" else "real scales"
+    return (
+        f"INT{activations.bits}, runtime smoothing of {smoothing.scope} scope, groups of up to"
+        f" {smoothing.group_size}, {fold}"
     )

@@ -51,9 +51,11 @@ class RotationInfo(_Part):
     """The rotations of a checkpoint; see :class:`rrsq.rotation.rotations.Rotations`."""
 
     residual: PlanInfo | None = None
+    residual_online: PlanInfo | None = None
     head: PlanInfo | None = None
     across_heads: PlanInfo | None = None
     intermediate: PlanInfo | None = None
+    more_intermediate: tuple[PlanInfo, ...] | None = None
 
     def rotations(self) -> Rotations:
         """The rotations, with placeholder signs for the folded ones."""
@@ -62,11 +64,16 @@ class RotationInfo(_Part):
         def randomized(info: PlanInfo | None) -> RandomizedHadamard | None:
             return None if info is None else RandomizedHadamard(torch.ones(info.size), info.plan())
 
+        def plan(info: PlanInfo | None) -> HadamardPlan | None:
+            return None if info is None else info.plan()
+
         return Rotations(
             residual=randomized(self.residual),
+            residual_online=plan(self.residual_online),
             head=randomized(self.head),
-            across_heads=None if self.across_heads is None else self.across_heads.plan(),
-            intermediate=None if self.intermediate is None else self.intermediate.plan(),
+            across_heads=plan(self.across_heads),
+            intermediate=plan(self.intermediate),
+            more_intermediate=tuple(info.plan() for info in self.more_intermediate or ()),
         )
 
 

@@ -12,8 +12,17 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..models import ModelSizes, family_for
-from ..quantization.assemble import RotationSigns, attach_kv_quantizer, quantize_input_modules
+from ..models import family_for
+from ..quantization.assemble import (
+    RotationSigns,
+    attach_kv_quantizer,
+    key_rotary,
+    quantize_input_modules,
+    treated_inputs,
+)
+from ..quantization.head import quantize_head_module
+from ..quantization.scheme import treatment
+from ..rotation.norms import replace_final_norm, replace_layer_norms
 from .format import QUANT_METHOD, CheckpointInfo, parse_info
 from .validate import check_shards
 
@@ -50,6 +59,10 @@ class RRSQQuantizer(HfQuantizer):
         assemble_model(model, self.quantization_config.info)
         check_shards(model, kwargs.get("checkpoint_files") or [])
 
+    def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> list[Any]:
+        """None: a checkpoint holds tensors under the names that the model has, not those of the original."""
+        return []
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """A loaded model can be saved again, bit for bit."""
         return True
@@ -63,16 +76,21 @@ class RRSQQuantizer(HfQuantizer):
 def assemble_model(model: Any, info: CheckpointInfo) -> nn.Module:
     """Replace the linears of a freshly built model by empty quantized ones, as ``info`` says."""
     family = family_for(model.config)
-    sizes = ModelSizes.from_config(model.config)
+    recipe = info.recipe
+    sizes = family.sizes(model.config)
     rotations = info.rotation.rotations()
+    replace_final_norm(model, family, rotations)
     for index, layer in enumerate(model.get_submodule(family.layers)):
-        for entry in family.inputs if info.recipe.weights.bits == 4 else ():
-            quantize_input_modules(layer, entry, info.recipe, rotations, sizes)
-        if info.recipe.kv_cache is not None:
-            rotary = model.get_submodule(family.rotary)
-            bits = info.key_bits[index] if index < len(info.key_bits) else info.recipe.kv_cache.keys.bits
-            attach_kv_quantizer(layer, family, info.recipe.kv_cache, sizes, rotary, bits)
-    if info.recipe.rotation is not None:
+        replace_layer_norms(layer, family, rotations)
+        for entry in treated_inputs(layer, family, recipe):
+            how = treatment(recipe, family.layer_name(index), entry)
+            quantize_input_modules(layer, entry, how, rotations)
+        if recipe.kv_cache is not None:
+            bits = info.key_bits[index] if index < len(info.key_bits) else recipe.kv_cache.keys.bits
+            rotary = key_rotary(model, family, index)
+            attach_kv_quantizer(layer, family, recipe.kv_cache, sizes, rotary, bits)
+    quantize_head_module(model, family, recipe)
+    if recipe.rotation is not None:
         model.rotation_signs = RotationSigns(rotations)
     # Scales and cache offsets are float32 whatever dtype the model is loaded in.
     model._keep_in_fp32_modules_strict = {

@@ -107,7 +107,8 @@ def write_checkpoint(
     try:
         with _storage_errors(out):
             staging.mkdir()
-            model.save_pretrained(staging, max_shard_size=max_shard_size)
+            # The original's own format splits experts into matrices, which packed ones cannot be.
+            model.save_pretrained(staging, max_shard_size=max_shard_size, save_original_format=False)
             tokenizer.save_pretrained(staging)
             (staging / "README.md").write_text(model_card(info, quantized.report), encoding="utf-8")
             _flush(staging)

@@ -24,6 +24,8 @@ from rrsq.cli.generate import EXAMPLES as GENERATE_EXAMPLES
 from rrsq.cli.generate import generate
 from rrsq.cli.inspect import EXAMPLES as INSPECT_EXAMPLES
 from rrsq.cli.inspect import inspect as inspect_checkpoint
+from rrsq.cli.models import EXAMPLES as MODELS_EXAMPLES
+from rrsq.cli.models import models
 from rrsq.cli.quantize import EXAMPLES as QUANTIZE_EXAMPLES
 from rrsq.cli.quantize import quantize
 from rrsq.cli.recipes import EXAMPLES as RECIPES_EXAMPLES
@@ -57,6 +59,7 @@ _add("eval", evaluate, EVAL_EXAMPLES)
 _add("generate", generate, GENERATE_EXAMPLES)
 _add("inspect", inspect_checkpoint, INSPECT_EXAMPLES)
 _add("recipes", recipes, RECIPES_EXAMPLES)
+_add("models", models, MODELS_EXAMPLES)
 _add("bench", bench, BENCH_EXAMPLES)
 
 

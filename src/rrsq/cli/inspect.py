@@ -52,6 +52,8 @@ def _overview(checkpoint: Path, config: dict[str, Any], info: CheckpointInfo) ->
         describe_activations,
         describe_cache,
         describe_calibration,
+        describe_exceptions,
+        describe_head,
         describe_rotation,
         describe_weights,
     )
@@ -63,6 +65,9 @@ def _overview(checkpoint: Path, config: dict[str, Any], info: CheckpointInfo) ->
     table.add_row("weights", describe_weights(info))
     table.add_row("activations", describe_activations(info))
     table.add_row("KV cache", describe_cache(info))
+    table.add_row("output head", describe_head(info))
+    if exceptions := describe_exceptions(info):
+        table.add_row("except", exceptions)
     table.add_row("rotation", describe_rotation(info))
     table.add_row("calibration", describe_calibration(info))
     table.add_row("seed", str(info.seed))

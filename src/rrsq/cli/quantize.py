@@ -21,6 +21,7 @@ from rrsq.cli.options import DATA, OUTPUT, DataRoot, Device, DeviceName, resolve
 from rrsq.errors import UsageError
 
 if TYPE_CHECKING:
+    from rrsq.checkpoint.format import CheckpointInfo
     from rrsq.quantization.report import QuantizationReport
     from rrsq.recipe import Recipe
 
@@ -179,7 +180,7 @@ def _run(
             quantized, tokenizer, info, output, overwrite=overwrite, max_shard_size=max_shard_size
         )
         progress.update(bar, description="done")
-    stdout.print(_summary(recipe, output, quantized.report))
+    stdout.print(_summary(info, output, quantized.report))
     print_note(f"Next: rrsq eval {output} --baseline {model_path}")
 
 
@@ -197,9 +198,11 @@ def _check_source(model_path: str, data_root: Path | None) -> None:
         )
 
 
-def _summary(recipe: Recipe, output: Path, report: QuantizationReport) -> Table:
+def _summary(info: CheckpointInfo, output: Path, report: QuantizationReport) -> Table:
     """The table at the end of a run."""
-    table = Table(title=f"{output} ({recipe.name})", show_header=False, title_justify="left")
+    from rrsq.checkpoint.describe import describe_exceptions, describe_rotation
+
+    table = Table(title=f"{output} ({info.recipe.name})", show_header=False, title_justify="left")
     before, after = report.bytes_before, report.bytes_after
     table.add_row("size of weights", f"{human_bytes(before)} → {human_bytes(after)} ({after / before:.0%})")
     table.add_row("time", human_seconds(report.seconds))
@@ -215,5 +218,10 @@ def _summary(recipe: Recipe, output: Path, report: QuantizationReport) -> Table:
         table.add_row("lowest output SNR", worst)
     if report.sensitive_layers:
         table.add_row("8-bit keys", f"layers {', '.join(map(str, report.sensitive_layers))}")
+    table.add_row("rotation", describe_rotation(info))
+    if exceptions := describe_exceptions(info):
+        table.add_row("except", exceptions)
     table.add_row("fell back to RTN", ", ".join(report.fallbacks) or "none")
+    if report.undersampled_experts:
+        table.add_row("experts with few tokens", "; ".join(report.undersampled_experts))
     return table

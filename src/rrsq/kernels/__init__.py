@@ -8,6 +8,7 @@ from .dispatch import use_kernels
 from .eager.activation import tokens_per_set
 from .eager.packing import pack_int4, unpack_int4
 from .ops import (
+    grouped_linear,
     hadamard_transform,
     linear_folded,
     linear_group_scaled,
@@ -17,9 +18,12 @@ from .ops import (
     weight_operand,
 )
 from .report import KernelReport, kernel_report
+from .routing import Routing, route_rows
 
 __all__ = [
     "KernelReport",
+    "Routing",
+    "grouped_linear",
     "hadamard_transform",
     "kernel_report",
     "linear_folded",
@@ -28,6 +32,7 @@ __all__ = [
     "pack_int4",
     "quantize_folded",
     "quantize_smoothed",
+    "route_rows",
     "tokens_per_set",
     "unpack_int4",
     "use_kernels",

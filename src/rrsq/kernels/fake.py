@@ -8,6 +8,7 @@ from torch import Tensor
 from .eager.activation import tokens_per_set
 
 __all__ = [
+    "grouped_linear",
     "hadamard_transform",
     "linear_folded",
     "linear_group_scaled",
@@ -94,3 +95,24 @@ def linear_weight_only(
     unpacked: Tensor | None,
 ) -> Tensor:
     return x.new_empty((x.shape[0], weight_packed.shape[0]))
+
+
+def grouped_linear(
+    operand: Tensor,
+    scale: Tensor | None,
+    group_scale: Tensor | None,
+    tokens_per_set: int,
+    experts: Tensor,
+    order: Tensor,
+    start: Tensor,
+    ends: Tensor,
+    blocks: Tensor,
+    block_rows: int,
+    rows_per_token: int,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    out_dtype: torch.dtype,
+    unpacked: Tensor | None,
+) -> Tensor:
+    return operand.new_empty((experts.shape[0], weight_packed.shape[1]), dtype=out_dtype)

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from . import fake, registry
 from .dispatch import Call, resolve
+from .routing import Routing
 
 __all__ = [
+    "grouped_linear",
     "hadamard_transform",
     "linear_folded",
     "linear_group_scaled",
@@ -48,6 +50,12 @@ _library.define(
     "linear_weight_only(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_multiplier, "
     "Tensor? bias, Tensor? unpacked) -> Tensor"
 )
+_library.define(
+    "grouped_linear(Tensor operand, Tensor? scale, Tensor? group_scale, int tokens_per_set, Tensor experts, "
+    "Tensor order, Tensor start, Tensor ends, Tensor blocks, int block_rows, int rows_per_token, "
+    "Tensor weight_packed, Tensor weight_scale, Tensor? weight_multiplier, ScalarType out_dtype, "
+    "Tensor? unpacked) -> Tensor"
+)
 
 
 def rotation_sizes(
@@ -65,11 +73,11 @@ def rotation_sizes(
 
 
 def weight_sizes(tokens: int, packed: Tensor, multiplier: Tensor | None) -> tuple[tuple[str, int], ...]:
-    """The sizes of a linear that a kernel may constrain."""
-    in_features = 2 * packed.shape[1]
-    sizes = (("tokens", tokens), ("in_features", in_features), ("out_features", packed.shape[0]))
+    """The sizes of a linear, or of all experts' linears, that a kernel may constrain."""
+    in_features = 2 * packed.shape[-1]
+    sizes = (("tokens", tokens), ("in_features", in_features), ("out_features", packed.shape[-2]))
     return (
-        sizes if multiplier is None else (*sizes, ("weight_group_size", in_features // multiplier.shape[1]))
+        sizes if multiplier is None else (*sizes, ("weight_group_size", in_features // multiplier.shape[-1]))
     )
 
 
@@ -193,6 +201,48 @@ def _linear_weight_only(
     sizes = weight_sizes(x.shape[0], weight_packed, weight_multiplier)
     call = Call("linear_weight_only", x.device, (("x", x.dtype),), sizes)
     return _run(call, x, weight_packed, weight_scale, weight_multiplier, bias, unpacked)
+
+
+def _grouped_linear(
+    operand: Tensor,
+    scale: Tensor | None,
+    group_scale: Tensor | None,
+    tokens_per_set: int,
+    experts: Tensor,
+    order: Tensor,
+    start: Tensor,
+    ends: Tensor,
+    blocks: Tensor,
+    block_rows: int,
+    rows_per_token: int,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    out_dtype: torch.dtype,
+    unpacked: Tensor | None,
+) -> Tensor:
+    group = () if group_scale is None else (("group_scale", group_scale.shape[1]),)
+    sizes = (*weight_sizes(experts.shape[0], weight_packed, weight_multiplier), *group)
+    dtypes = (("operand", operand.dtype), ("out_dtype", out_dtype))
+    return _run(
+        Call("grouped_linear", operand.device, dtypes, sizes),
+        operand,
+        scale,
+        group_scale,
+        tokens_per_set,
+        experts,
+        order,
+        start,
+        ends,
+        blocks,
+        block_rows,
+        rows_per_token,
+        weight_packed,
+        weight_scale,
+        weight_multiplier,
+        out_dtype,
+        unpacked,
+    )
 
 
 for _name in registry.OPERATIONS:
@@ -399,4 +449,54 @@ def linear_weight_only(
     """
     return torch.ops.rrsq.linear_weight_only(
         x, weight_packed, weight_scale, weight_multiplier, bias, unpacked
+    )
+
+
+def grouped_linear(
+    operand: Tensor,
+    scale: Tensor | None,
+    group_scale: Tensor | None,
+    tokens_per_set: int,
+    routing: Routing,
+    rows_per_token: int,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    out_dtype: torch.dtype,
+    unpacked: Tensor | None = None,
+) -> Tensor:
+    """The linears of a mixture of experts: ``y_rn = a_t w_en Σ_k operand_tk weight_enk`` with token
+    ``t = r // rows_per_token`` and expert ``e = experts[r]``.
+
+    The operand is what the recipe makes of activations: that of :func:`linear_folded` (``scale`` only), of
+    :func:`linear_group_scaled` (``scale`` and ``group_scale``) or of :func:`linear_weight_only` (neither).
+
+    Args:
+        operand: int8 ``[tokens, in]``, or floating point.
+        scale: float32 ``[tokens]``, or None for 16-bit activations.
+        group_scale: float32 ``[sets, groups]`` or None.
+        tokens_per_set: tokens that share a row of ``group_scale``.
+        routing: of ``tokens * rows_per_token`` rows, from :func:`rrsq.kernels.route_rows`.
+        rows_per_token: rows of the result that read the same token.
+        weight_packed: uint8 ``[experts, out, in/2]``.
+        weight_scale: float32 ``[experts, out]``.
+        weight_multiplier: uint8 ``[experts, out, in/group]`` or None.
+        out_dtype: dtype of the result.
+        unpacked: int8 ``[experts, out, in]``; see :func:`linear_folded`.
+
+    Returns:
+        ``[rows, out]``.
+    """
+    return torch.ops.rrsq.grouped_linear(
+        operand,
+        scale,
+        group_scale,
+        tokens_per_set,
+        *routing,
+        rows_per_token,
+        weight_packed,
+        weight_scale,
+        weight_multiplier,
+        out_dtype,
+        unpacked,
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import ops
 from .eager import activation, hadamard, linear, packing, rotation
 
 __all__ = [
+    "grouped_linear",
     "hadamard_transform",
     "linear_folded",
     "linear_group_scaled",
@@ -112,3 +114,50 @@ def linear_weight_only(
         return linear.linear_weight_only(x, weight_packed, weight_multiplier, weight_scale, bias)
     weight = (unpacked.to(torch.float32) * weight_scale.unsqueeze(1)).to(x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def grouped_linear(
+    operand: Tensor,
+    scale: Tensor | None,
+    group_scale: Tensor | None,
+    tokens_per_set: int,
+    experts: Tensor,
+    order: Tensor,
+    start: Tensor,
+    ends: Tensor,
+    blocks: Tensor,
+    block_rows: int,
+    rows_per_token: int,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    out_dtype: torch.dtype,
+    unpacked: Tensor | None,
+) -> Tensor:
+    """See :func:`rrsq.kernels.grouped_linear`: a loop over the experts that have rows.
+
+    Each expert's product is the operation that it would be as a linear of its own, by the best kernel for it.
+    """
+    out = torch.empty(experts.shape[0], weight_packed.shape[1], dtype=out_dtype, device=operand.device)
+    for expert in experts.unique().tolist():
+        rows = (experts == expert).nonzero().squeeze(1)
+        tokens = rows // rows_per_token
+        x = operand[tokens]
+        weight = (
+            weight_packed[expert],
+            weight_scale[expert],
+            None if weight_multiplier is None else weight_multiplier[expert],
+        )
+        whole = None if unpacked is None else unpacked[expert]
+        if scale is None:
+            y = ops.linear_weight_only(x, *weight, None, whole).to(out_dtype)
+        elif group_scale is None:
+            y = ops.linear_folded(x, scale[tokens], *weight, None, out_dtype, whole)
+        else:
+            per_token = group_scale[tokens // tokens_per_set]
+            packed, rows_scale, multiplier = weight
+            y = ops.linear_group_scaled(
+                x, scale[tokens], per_token, 1, packed, rows_scale, None, out_dtype, multiplier, whole
+            )
+        out[rows] = y
+    return out

@@ -18,6 +18,7 @@ OPERATIONS = (
     "linear_folded",
     "linear_group_scaled",
     "linear_weight_only",
+    "grouped_linear",
 )
 
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -50,6 +51,17 @@ _TRITON_KERNELS = (
         ),
     ),
     ("linear_weight_only", "linear", _on_gpu(dtypes={"x": _FLOATING})),
+    (
+        "grouped_linear",
+        "grouped",
+        _on_gpu(
+            dtypes={"operand": frozenset({torch.int8}), "out_dtype": _FLOATING},
+            divisible={"in_features": 64},
+            at_least={"weight_group_size": 16},
+            power_of_two=frozenset({"weight_group_size"}),
+            unsupported=frozenset({"group_scale"}),
+        ),
+    ),
 )
 
 

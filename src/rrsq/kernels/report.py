@@ -27,6 +27,7 @@ _SIZES_OF = {
     "linear_folded": ("tokens", "in_features", "out_features", "weight_group_size"),
     "linear_group_scaled": ("tokens", "in_features", "out_features", "group_size"),
     "linear_weight_only": ("tokens", "in_features", "out_features", "weight_group_size"),
+    "grouped_linear": ("tokens", "in_features", "out_features", "weight_group_size"),
 }
 
 
@@ -57,7 +58,7 @@ def kernel_report(
 
 
 def _report(operation: str, device: torch.device, dtype: torch.dtype, values: dict[str, int]) -> KernelReport:
-    named = (("x", dtype), ("out_dtype", dtype))
+    named = (("x", dtype), ("out_dtype", dtype), ("operand", torch.int8))
     call = Call(operation, device, named, tuple((name, values[name]) for name in _SIZES_OF[operation]))
     candidates: list[Candidate] = explain(call, forced_backend())
     chosen = next((c.kernel.name for c in candidates if not c.reasons), None)

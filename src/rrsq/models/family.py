@@ -1,15 +1,40 @@
 """What rrsq must know of a model family, as data.
 
 A family names the modules of its decoder layer by what reads and writes what; everything else (sizes, biases,
-grouped-query attention, tied embeddings) is read off the model itself.
+grouped-query attention, tied embeddings, attention masks, window lengths) is read off the model itself.
+docs/adding-a-model.md shows how one is written.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-__all__ = ["LinearInput", "ModelFamily", "ModelSizes"]
+from .sizes import ModelSizes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["LAYER_NORM", "RMS_NORM", "RMS_NORM_ONE_PLUS", "LinearInput", "ModelFamily", "NormKind"]
+
+
+@dataclass(frozen=True)
+class NormKind:
+    """How the norms of a family work; all of a family's norms on the residual stream are of one kind.
+
+    Attributes:
+        offset: the gain is ``offset + weight``.
+        centered: LayerNorm, which takes off the mean over the channels, and may add a bias.
+    """
+
+    offset: float = 0.0
+    centered: bool = False
+
+
+RMS_NORM = NormKind()
+RMS_NORM_ONE_PLUS = NormKind(offset=1.0)
+LAYER_NORM = NormKind(centered=True)
 
 
 @dataclass(frozen=True)
@@ -19,18 +44,52 @@ class LinearInput:
     Linears of one input share its quantization (serving engines fuse them) and its GPTQ Hessian.
 
     Attributes:
-        name: ``qkv``, ``o``, ``gate_up`` or ``down``; recipes refer to it.
-        parent: module path of the linears' parent, from the decoder layer.
-        linears: attribute names of the linears in ``parent``.
-        norm: module path (from the decoder layer) of the RMSNorm that produces the input, or None.
-        writes_residual: the linears' outputs are added to the residual stream.
+        name: what the input is, by which recipes refer to it. ``qkv`` and ``gate_up`` read the residual
+            stream; ``o`` (all heads side by side) and ``down`` are read by linears that write to it.
+        parent: module path of the linears' parent, from the decoder layer; empty for the layer itself.
+        linears: attribute names of the linears in ``parent``; a fused projection is one of them.
+        norm: path (from the layer) of the norm that produces the input, or None. Inputs may share a norm.
+        output_norm: path (from the layer) of a norm between the linears and the residual stream, or None. Its
+            gain stands in the way of R1, which then cannot be folded (:attr:`ModelFamily.folds_residual`).
+        full_precision: paths (from the layer) of further linears that read the same input and are never
+            quantized, such as a router.
+        experts: ``parent`` is the experts of a mixture as transformers keeps them, called with tokens and
+            what a router chose for them; its parameters ``gate_up_proj`` and ``down_proj``, ``[experts, out,
+            in]`` each, are the linears of the inputs ``gate_up`` and ``down``.
     """
 
     name: Literal["qkv", "o", "gate_up", "down"]
     parent: str
     linears: tuple[str, ...]
     norm: str | None = None
-    writes_residual: bool = False
+    output_norm: str | None = None
+    full_precision: tuple[str, ...] = ()
+    experts: bool = False
+
+    @property
+    def path(self) -> str:
+        """The input's own name in a decoder layer, such as ``mlp.down``."""
+        return _join(self.parent, self.name)
+
+    @property
+    def linear_paths(self) -> tuple[str, ...]:
+        """Module paths of :attr:`linears`, from the decoder layer."""
+        return tuple(_join(self.parent, name) for name in self.linears)
+
+    def is_in(self, layer: nn.Module) -> bool:
+        """Whether a decoder layer has this input: the layers of one model may differ."""
+        parent = dict(layer.named_modules()).get(self.parent)
+        return parent is not None and hasattr(parent, self.linears[0])
+
+    @property
+    def reads_residual(self) -> bool:
+        """The input is the residual stream, normed or as it is."""
+        return self.name in ("qkv", "gate_up")
+
+    @property
+    def writes_residual(self) -> bool:
+        """The linears' outputs are added to the residual stream."""
+        return not self.reads_residual
 
     @property
     def quantizer_name(self) -> str:
@@ -45,55 +104,76 @@ class ModelFamily:
     Attributes:
         model_type: ``config.model_type`` of transformers.
         architecture: class name of the causal language model.
-        inputs: the inputs of quantized linears of one decoder layer, in the order the layer runs them.
-        embedding, layers, final_norm, head, rotary: module paths from the model's root.
+        inputs: the inputs of quantized linears of one decoder layer, in the order the layer runs them. Where
+            layers differ, those of all of them; a layer has the ones whose modules it has.
+        norm: kind of the norms that ``inputs`` and ``final_norm`` name.
+        embedding, layers, final_norm, head: module paths from the model's root.
+        positions: module path of a learned position embedding that is added to ``embedding``, or None.
+        rotary: module path of the rotary embedding, or None where keys are not rotated.
+        rotary_by_layer_type: the rotary embedding takes the layer's entry of ``config.layer_types``.
         attention: module path of the attention from the decoder layer.
-        value, key: names of the projections in the attention.
+        value: name of the projection in the attention whose last ``kv_heads * head_dim`` rows make values:
+            ``v_proj``, or a fused one.
+        intermediate_size: field of the configuration that holds it.
+        more_intermediate: further sizes of MLPs that a configuration asks for, such as those of experts.
+        not_covered: says of a configuration why the family does not cover it, or returns None.
+        public: sizes of public models, for the documentation.
         tested_on: public checkpoints or packages the family was run on.
     """
 
     model_type: str
     architecture: str
     inputs: tuple[LinearInput, ...]
+    norm: NormKind = RMS_NORM
     embedding: str = "model.embed_tokens"
+    positions: str | None = None
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     head: str = "lm_head"
-    rotary: str = "model.rotary_emb"
+    rotary: str | None = "model.rotary_emb"
+    rotary_by_layer_type: bool = False
     attention: str = "self_attn"
     value: str = "v_proj"
-    key: str = "k_proj"
+    intermediate_size: str = "intermediate_size"
+    more_intermediate: Callable[[Any], tuple[int, ...]] = lambda config: ()
+    not_covered: Callable[[Any], str | None] = lambda config: None
+    public: Mapping[str, ModelSizes] = field(default_factory=dict)
     tested_on: tuple[str, ...] = ()
 
+    @property
+    def folds_residual(self) -> bool:
+        """Whether R1 can be folded into the weights: no norm stands between a linear and the stream.
+
+        Where it cannot, inputs that read the stream are rotated online instead.
+        """
+        return all(entry.output_norm is None for entry in self.inputs)
+
+    @property
+    def layer_norms(self) -> tuple[str, ...]:
+        """Paths (from a decoder layer) of the norms that produce its inputs, each once."""
+        return tuple(dict.fromkeys(entry.norm for entry in self.inputs if entry.norm is not None))
+
+    @property
+    def decoder(self) -> str:
+        """Module path of what holds the embedding and the layers."""
+        return self.layers.rpartition(".")[0]
+
     def input(self, name: str) -> LinearInput:
-        """The :class:`LinearInput` called ``name``."""
+        """The first :class:`LinearInput` called ``name``."""
         return next(entry for entry in self.inputs if entry.name == name)
 
+    def inputs_in(self, layer: nn.Module) -> tuple[LinearInput, ...]:
+        """The inputs that a decoder layer has."""
+        return tuple(entry for entry in self.inputs if entry.is_in(layer))
 
-@dataclass(frozen=True)
-class ModelSizes:
-    """The sizes that rotations depend on, in channels or heads."""
+    def sizes(self, config: Any) -> ModelSizes:
+        """The sizes of a model of this family."""
+        return ModelSizes.from_config(config, self.intermediate_size, self.more_intermediate(config))
 
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    layers: int
+    def layer_name(self, index: int) -> str:
+        """Module path of a decoder layer, from the model's root."""
+        return f"{self.layers}.{index}"
 
-    @classmethod
-    def from_config(cls, config: Any) -> ModelSizes:
-        """Read the sizes off a transformers configuration; ``head_dim`` need not be ``hidden / heads``."""
-        heads = config.num_attention_heads
-        return cls(
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            layers=config.num_hidden_layers,
-        )
 
-    def channels(self, input_name: str) -> int:
-        """Channels of a linear input."""
-        return {"o": self.heads * self.head_dim, "down": self.intermediate}.get(input_name, self.hidden)
+def _join(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent else name

@@ -6,8 +6,19 @@ from typing import Any
 
 from ..errors import UnsupportedArchitectureError
 from .family import ModelFamily
+from .gemma import GEMMA
+from .gemma2 import GEMMA2
+from .gemma3 import GEMMA3
 from .llama import LLAMA
+from .mistral import MISTRAL
+from .mixtral import MIXTRAL
+from .olmo2 import OLMO2
+from .opt import OPT
+from .phi3 import PHI3
 from .qwen2 import QWEN2
+from .qwen2_moe import QWEN2_MOE
+from .qwen3 import QWEN3
+from .qwen3_moe import QWEN3_MOE
 
 __all__ = ["families", "family_for", "register_family"]
 
@@ -37,15 +48,28 @@ def family_for(config: Any) -> ModelFamily:
     if family is None:
         raise UnsupportedArchitectureError(
             f"The architecture '{model_type}' is not supported. Supported: {', '.join(sorted(_FAMILIES))}."
-            " A family is one short file: see src/rrsq/models/llama.py."
+            " A family is one short file: docs/adding-a-model.md shows how to add one."
         )
-    windows = {kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"}
-    if windows or (getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None)):
-        raise UnsupportedArchitectureError(
-            f"This {model_type} model uses sliding-window attention, which is not supported yet."
-        )
+    reason = family.not_covered(config)
+    if reason is not None:
+        raise UnsupportedArchitectureError(f"This {model_type} model is not supported: {reason}.")
     return family
 
 
-for _family in (LLAMA, QWEN2):
+_ALL = (
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    OLMO2,
+    OPT,
+    PHI3,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+)
+for _family in _ALL:
     register_family(_family)

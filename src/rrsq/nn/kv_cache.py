@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..kernels.eager.cache import decode_cache, encode_cache
 from ..rotation.hadamard import orthonormal, plan_hadamard
+from .cache_layers import NoCache, QuantizedCacheLayer, QuantizedSlidingLayer
+from .rope import KeyRotary
 
-__all__ = ["CacheScheme", "KVQuantizer", "QuantizedCacheLayer"]
+__all__ = ["CacheScheme", "KVQuantizer"]
 
 
 @dataclass(frozen=True)
@@ -92,17 +94,22 @@ class KVQuantizer(nn.Module):
     Args:
         keys, values: schemes; None keeps that tensor in 16 bits.
         kv_heads, head_dim: sizes.
-        rotary: the model's rotary embedding, which gives the angles of a position; used to put back a key
-            offset that was taken off before RoPE (RoPE is linear: ``RoPE(k) = RoPE(k - b) + RoPE(b)``).
+        rotary: the layer's RoPE, by which a key offset that was taken off before it is put back; None where
+            keys are not rotated.
     """
 
     def __init__(
-        self, keys: CacheScheme, values: CacheScheme, kv_heads: int, head_dim: int, rotary: nn.Module
+        self,
+        keys: CacheScheme,
+        values: CacheScheme,
+        kv_heads: int,
+        head_dim: int,
+        rotary: KeyRotary | None,
     ) -> None:
         super().__init__()
         self.keys = CacheTensorQuantizer(keys, kv_heads, head_dim)
         self.values = CacheTensorQuantizer(values, kv_heads, head_dim)
-        self._rotary = (rotary,)
+        self.rotary = rotary
 
     def attach(self, attention: nn.Module) -> None:
         """Become a submodule of ``attention`` and hook its forward pass."""
@@ -117,11 +124,13 @@ class KVQuantizer(nn.Module):
             values: the same shape.
             positions: int ``[batch, 1, tokens, 1]``.
         """
+        if self.rotary is not None:
+            positions = self.rotary.mark(positions)
         keys = keys.float() - self._key_offset(keys, positions)
         values = values.float() - self._value_offset()
         stored = {f"key_{name}": tensor for name, tensor in self.keys.encode(keys).items()}
         stored.update({f"value_{name}": tensor for name, tensor in self.values.encode(values).items()})
-        if self.keys.offset is not None:
+        if self.keys.offset is not None and self.rotary is not None:
             stored["positions"] = positions
         return stored
 
@@ -133,12 +142,13 @@ class KVQuantizer(nn.Module):
         return keys.to(dtype), values.to(dtype)
 
     def _key_offset(self, keys: Tensor, positions: Tensor | None) -> Tensor | float:
-        if self.keys.offset is None or positions is None:
+        if self.keys.offset is None:
             return 0.0
-        cos, sin = self._rotary[0](keys, position_ids=positions[:, 0, :, 0])
         offset = self.keys.offset.to(keys.device)[None, :, None, :]
-        rotated_half = torch.cat((-offset.chunk(2, -1)[1], offset.chunk(2, -1)[0]), dim=-1)
-        return offset * cos.unsqueeze(1) + rotated_half * sin.unsqueeze(1)
+        if self.rotary is None:
+            return offset
+        assert positions is not None
+        return self.rotary.apply(offset, positions)
 
     def _value_offset(self) -> Tensor | float:
         return 0.0 if self.values.offset is None else self.values.offset[None, :, None, :]
@@ -149,7 +159,7 @@ class KVQuantizer(nn.Module):
         positions = kwargs.get("position_ids")
         cache = kwargs.get("past_key_values")
         if cache is None:
-            return args, {**kwargs, "past_key_values": _NoCache(self, positions)}
+            return args, {**kwargs, "past_key_values": NoCache(self, positions)}
         layer = self._cache_layer(cache, int(attention.layer_idx))  # type: ignore[arg-type]
         if layer is not None:
             layer.next_positions = positions
@@ -157,7 +167,7 @@ class KVQuantizer(nn.Module):
 
     def _cache_layer(self, cache: Any, index: int) -> QuantizedCacheLayer | None:
         """The quantized layer of a cache, put there if the cache is still empty at ``index``."""
-        if isinstance(cache, _NoCache):
+        if isinstance(cache, NoCache):
             return None
         layers = getattr(cache, "layers", None)
         if not isinstance(cache, Cache) or layers is None:
@@ -167,9 +177,12 @@ class KVQuantizer(nn.Module):
         layer = layers[index]
         if isinstance(layer, QuantizedCacheLayer):
             return layer
-        if type(layer) is not DynamicLayer or layer.is_initialized:
+        if layer.is_initialized or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return self._refuse(type(layer).__name__)
-        layers[index] = QuantizedCacheLayer(self)
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layers[index] = QuantizedSlidingLayer(self, layer.sliding_window, record_past=layer.record_past)
+        else:
+            layers[index] = QuantizedCacheLayer(self)
         return layers[index]
 
     @staticmethod
@@ -179,106 +192,6 @@ class KVQuantizer(nn.Module):
             " to generate(), or pass an empty DynamicCache.",
             stacklevel=2,
         )
-
-
-class QuantizedCacheLayer(DynamicLayer):
-    """One layer's keys and values in 4 (or 8) bits, growing with the tokens.
-
-    :meth:`update` stores the new tokens quantized and returns all keys and values dequantized, the new ones
-    included: attention never sees a key or value that was not quantized.
-    """
-
-    keys: Tensor | None
-    values: Tensor | None
-
-    def __init__(self, quantizer: KVQuantizer) -> None:
-        super().__init__()
-        self.quantizer = quantizer
-        self.next_positions: Tensor | None = None
-        self.stored: dict[str, Tensor] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held for all cached tokens."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.stored.values())
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append tokens ``[batch, kv_heads, new, head_dim]``; return all keys and values in their dtype."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        positions = _positions(self.next_positions, key_states, self.get_seq_length())
-        new = self.quantizer.encode(key_states, value_states, positions)
-        if self.is_initialized:
-            new = {name: torch.cat((self.stored[name], tensor), dim=-2) for name, tensor in new.items()}
-        self._store(new)
-        return self.quantizer.decode(self.stored, key_states.dtype)
-
-    def get_seq_length(self) -> int:
-        """Tokens stored."""
-        return self.stored["key_codes"].shape[-2] if self.is_initialized else 0
-
-    def reset(self) -> None:
-        """Forget all tokens."""
-        self.stored = {}
-        self.keys = self.values = None
-        self.is_initialized = False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens; a positive number is the length to keep."""
-        if not self.is_initialized or tokens_to_remove == 0:
-            return
-        length = tokens_to_remove if tokens_to_remove > 0 else self.get_seq_length() + tokens_to_remove
-        self._map(lambda tensor: tensor[..., : max(length, 0), :])
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the batch for beam search."""
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each batch entry."""
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some batch entries."""
-        self._map(lambda tensor: tensor[indices])
-
-    def offload(self) -> None:
-        """Move the stored tensors to the CPU."""
-        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Move the stored tensors back to the layer's device."""
-        self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
-
-    def _map(self, change: Any) -> None:
-        if self.is_initialized:
-            self._store({name: change(tensor) for name, tensor in self.stored.items()})
-
-    def _store(self, stored: dict[str, Tensor]) -> None:
-        self.stored = stored
-        self.keys, self.values = stored["key_codes"], stored["value_codes"]
-        self.is_initialized = True
-
-
-class _NoCache:
-    """Stands where a cache would, for a forward pass that keeps none: quantizes and returns at once."""
-
-    def __init__(self, quantizer: KVQuantizer, positions: Tensor | None) -> None:
-        self.quantizer = quantizer
-        self.positions = positions
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        positions = _positions(self.positions, keys, 0)
-        return self.quantizer.decode(self.quantizer.encode(keys, values, positions), keys.dtype)
-
-
-def _positions(position_ids: Tensor | None, keys: Tensor, seen: int) -> Tensor:
-    """Positions of new tokens as int32 ``[batch, 1, tokens, 1]``."""
-    batch, _, tokens, _ = keys.shape
-    if position_ids is None:
-        position_ids = torch.arange(seen, seen + tokens, device=keys.device).unsqueeze(0)
-    return position_ids.to(torch.int32).expand(batch, tokens)[:, None, :, None]
 
 
 def _part(stored: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

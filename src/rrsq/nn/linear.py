@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import kernels
 from .input import FoldedInput, InputQuantizer, SmoothedInput
+from .packed import PackedWeight
 
 __all__ = ["QuantizedLinear"]
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(PackedWeight):
     """``y = x̂ Ŵᵀ + b`` from packed INT4 codes.
-
-    The input quantizer is shared with other linears and owned by their parent, so it is no submodule here.
 
     Args:
         in_features: channels in; even.
@@ -28,15 +24,9 @@ class QuantizedLinear(nn.Module):
         dtype: dtype of the bias.
 
     Attributes:
-        weight_packed: uint8 ``[out, in/2]``, layout of :mod:`rrsq.kernels.eager.packing`.
-        weight_scale: float32 ``[out]``.
-        weight_multiplier: uint8 ``[out, in/group_size]`` in 1..15, or None.
-        bias: ``[out]`` or None.
+        bias: ``[out]`` or None; for the others see :class:`PackedWeight`.
     """
 
-    weight_packed: Tensor
-    weight_scale: Tensor
-    weight_multiplier: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -49,36 +39,10 @@ class QuantizedLinear(nn.Module):
         input_quantizer: InputQuantizer,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__()
+        super().__init__((out_features, in_features), group_size=group_size, input_quantizer=input_quantizer)
         self.in_features = in_features
         self.out_features = out_features
-        self.group_size = group_size
-        groups = None if group_size is None else in_features // group_size
-        self.register_buffer("weight_packed", torch.zeros(out_features, in_features // 2, dtype=torch.uint8))
-        self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float32))
-        multiplier = None if groups is None else torch.ones(out_features, groups, dtype=torch.uint8)
-        self.register_buffer("weight_multiplier", multiplier)
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
-        self._input = (input_quantizer,)
-        self._operand: Tensor | None = None
-
-    @property
-    def input_quantizer(self) -> InputQuantizer:
-        """The shared quantizer of this linear's input."""
-        return self._input[0]
-
-    def set_weight(self, codes: Tensor, scale: Tensor, multiplier: Tensor | None) -> None:
-        """Store int codes ``[out, in]`` in [-8, 7], float32 scales ``[out]`` and the groups' multipliers."""
-        self.weight_packed.copy_(kernels.pack_int4(codes))
-        self.weight_scale.copy_(scale)
-        if self.weight_multiplier is not None and multiplier is not None:
-            self.weight_multiplier.copy_(multiplier)
-        self._operand = None
-
-    def dequantized_weight(self) -> Tensor:
-        """The weight the codes stand for: float32 ``[out, in]``, columns in the stored channel order."""
-        operand = kernels.weight_operand(self.weight_packed, self.weight_multiplier)
-        return operand.float() * self.weight_scale.unsqueeze(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]`` in the dtype of ``x``."""
@@ -117,27 +81,6 @@ class QuantizedLinear(nn.Module):
                 self._cpu_operand(),
             )
         return y.view(*x.shape[:-1], self.out_features)
-
-    def _cpu_operand(self) -> Tensor | None:
-        """The unpacked int8 weight, kept on CPU: unpacking at each call would cost more than the product."""
-        if self.weight_packed.device.type != "cpu" or torch.compiler.is_compiling():
-            return None
-        if self._operand is None:
-            self._operand = kernels.weight_operand(self.weight_packed, self.weight_multiplier)
-        return self._operand
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Scales stay float32 whatever dtype the model is cast to; an unpacked copy belongs to the old device.
-        self._operand = None
-        scale = self.weight_scale
-        module = super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.weight_scale.device)
-        return module
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._operand = None
-        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..rotation.hadamard import HadamardPlan, base_matrix
 
-__all__ = ["OnlineHadamard", "RotatedLinear"]
+__all__ = ["OnlineHadamard", "RotatedLinear", "rotated_input"]
 
 
 @lru_cache(maxsize=64)
@@ -57,16 +58,21 @@ class OnlineHadamard(nn.Module):
 
 
 class RotatedLinear(nn.Module):
-    """A full-precision linear behind an online rotation, as it stands between folding and quantization."""
+    """A full-precision linear behind an online rotation, as it stands between folding and quantization.
 
-    def __init__(self, rotation: OnlineHadamard, linear: nn.Linear) -> None:
+    Args:
+        rotation: of the input.
+        linear: with a ``weight`` ``[..., out, in]`` and a ``bias``.
+    """
+
+    def __init__(self, rotation: OnlineHadamard, linear: Any) -> None:
         super().__init__()
         self.rotation = rotation
         self.linear = linear
 
     @property
     def weight(self) -> Tensor:
-        """The folded weight ``[out, in]``."""
+        """The folded weight ``[..., out, in]``."""
         return self.linear.weight
 
     @property
@@ -74,6 +80,11 @@ class RotatedLinear(nn.Module):
         """The bias ``[out]`` or None."""
         return self.linear.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Rotate, then apply the linear, in its dtype."""
-        return self.linear(self.rotation(x).to(self.linear.weight.dtype))
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """Rotate, then apply the linear, in its dtype; it gets all further arguments."""
+        return self.linear(self.rotation(x).to(self.linear.weight.dtype), *args)
+
+
+def rotated_input(linear: nn.Module, x: Tensor) -> Tensor:
+    """What a linear multiplies when it is given ``x``: behind its online rotation, if it has one."""
+    return linear.rotation(x) if isinstance(linear, RotatedLinear) else x

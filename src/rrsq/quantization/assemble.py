@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..models import LinearInput, ModelFamily, ModelSizes
+from ..nn.experts import QuantizedExpertLinear
 from ..nn.input import InputQuantizer
 from ..nn.kv_cache import CacheScheme, KVQuantizer
 from ..nn.linear import QuantizedLinear
-from ..nn.rotation import OnlineHadamard
-from ..recipe import CacheTensor, KVCache, Recipe
+from ..nn.packed import PackedWeight
+from ..nn.rope import KeyRotary
+from ..nn.rotation import RotatedLinear
+from ..recipe import CacheTensor, KVCache, Recipe, Weights
+from ..rotation.fold import open_experts
+from ..rotation.online import online_rotation
 from ..rotation.rotations import Rotations
-from .scheme import group_size_for, input_scheme
+from .scheme import Treatment, changes_linears, group_size_for, input_scheme
 
-__all__ = ["RotationSigns", "attach_kv_quantizer", "input_rotation", "quantize_input_modules"]
+__all__ = [
+    "RotationSigns",
+    "attach_kv_quantizer",
+    "key_rotary",
+    "quantize_input_modules",
+    "treated_inputs",
+]
 
 
 class RotationSigns(nn.Module):
@@ -28,48 +41,83 @@ class RotationSigns(nn.Module):
             self.register_buffer(f"{name}_signs", signs)
 
 
-def input_rotation(entry: LinearInput, rotations: Rotations, sizes: ModelSizes) -> OnlineHadamard | None:
-    """The online rotation of an input, or None."""
-    if entry.name == "o" and rotations.across_heads is not None:
-        return OnlineHadamard(rotations.across_heads, inner=sizes.head_dim)
-    if entry.name == "down" and rotations.intermediate is not None:
-        return OnlineHadamard(rotations.intermediate)
-    return None
+def treated_inputs(layer: nn.Module, family: ModelFamily, recipe: Recipe) -> tuple[LinearInput, ...]:
+    """The inputs of a decoder layer that a recipe may rotate or quantize; its experts are opened for that."""
+    if not changes_linears(recipe):
+        return ()
+    open_experts(layer, family)
+    return family.inputs_in(layer)
 
 
 def quantize_input_modules(
-    layer: nn.Module, entry: LinearInput, recipe: Recipe, rotations: Rotations, sizes: ModelSizes
-) -> dict[str, QuantizedLinear]:
-    """Replace the linears of one input by empty quantized ones and give their parent the input's quantizer.
+    layer: nn.Module, entry: LinearInput, how: Treatment, rotations: Rotations
+) -> dict[str, Any]:
+    """Replace linears of one input by empty quantized ones and give their parent the input's quantizer.
+
+    Linears that stay in full precision are put behind the input's online rotation, if they are not yet.
 
     Returns:
         The new linears by name. Their weights are zero until set or loaded.
     """
-    parent = layer.get_submodule(entry.parent)
-    quantizer = InputQuantizer(
-        input_scheme(recipe, entry, sizes),
-        input_rotation(entry, rotations, sizes),
-        consumers=len(entry.linears),
-    )
+    parent: Any = layer.get_submodule(entry.parent)
+    originals: dict[str, Any] = {name: getattr(parent, name) for name in entry.linears}
+    channels = originals[entry.linears[0]].weight.shape[-1]
+    rotation = online_rotation(entry, rotations, channels)
+    for name in entry.linears:
+        linear = originals[name]
+        if name not in how.linears and rotation is not None and not isinstance(linear, RotatedLinear):
+            setattr(parent, name, RotatedLinear(rotation, linear))
+    if not how.linears:
+        return {}
+    scheme = input_scheme(how.activations, entry, channels)
+    quantizer = InputQuantizer(scheme, rotation, consumers=len(how.linears))
     setattr(parent, entry.quantizer_name, quantizer)
     replaced = {}
-    for name in entry.linears:
-        linear = getattr(parent, name)
-        out_features, in_features = linear.weight.shape
-        replaced[name] = QuantizedLinear(
-            in_features,
-            out_features,
-            group_size=group_size_for(recipe.weights.group_size, in_features),
-            bias=linear.bias is not None,
-            input_quantizer=quantizer,
-            dtype=linear.weight.dtype,
-        )
+    for name in how.linears:
+        replaced[name] = _empty(originals[name], how.weights, quantizer)
         setattr(parent, name, replaced[name])
     return replaced
 
 
+def _empty(linear: Any, weights: Weights, quantizer: InputQuantizer) -> PackedWeight:
+    """What takes the place of a linear, or of the linears of all experts; its weights are zero."""
+    *experts, out_features, in_features = linear.weight.shape
+    group_size = group_size_for(weights.group_size, in_features)
+    if experts:
+        return QuantizedExpertLinear(
+            experts[0], in_features, out_features, group_size=group_size, input_quantizer=quantizer
+        )
+    return QuantizedLinear(
+        in_features,
+        out_features,
+        group_size=group_size,
+        bias=linear.bias is not None,
+        input_quantizer=quantizer,
+        dtype=linear.weight.dtype,
+    )
+
+
+def key_rotary(model: nn.Module, family: ModelFamily, index: int) -> KeyRotary | None:
+    """RoPE as the attention of one layer applies it, or None where there is none."""
+    if family.rotary is None:
+        return None
+    config: Any = model.config
+    rope, options = getattr(config, "rope_parameters", None) or {}, {}
+    if family.rotary_by_layer_type:
+        options["layer_type"] = config.layer_types[index]
+        rope = rope[options["layer_type"]]
+    long = rope.get("rope_type") == "longrope"
+    switch = rope["original_max_position_embeddings"] if long else None
+    return KeyRotary(model.get_submodule(family.rotary), switch, **options)
+
+
 def attach_kv_quantizer(
-    layer: nn.Module, family: ModelFamily, cache: KVCache, sizes: ModelSizes, rotary: nn.Module, key_bits: int
+    layer: nn.Module,
+    family: ModelFamily,
+    cache: KVCache,
+    sizes: ModelSizes,
+    rotary: KeyRotary | None,
+    key_bits: int,
 ) -> KVQuantizer:
     """Give a decoder layer's attention a quantized KV cache; ``key_bits`` overrides the recipe's."""
     quantizer = KVQuantizer(

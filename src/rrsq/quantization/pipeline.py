@@ -10,23 +10,35 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..calibration.experts import RoutedTokens, collect_routed_tokens
 from ..calibration.statistics import InputStatistics, MeanStatistics
-from ..calibration.stream import HiddenStates, collect_inputs, collect_means
-from ..errors import NonFiniteError, RecipeError
-from ..models import LinearInput, ModelFamily, ModelSizes, family_for
+from ..calibration.stream import HiddenStates, collect_cache_means, collect_inputs
+from ..models import LinearInput, ModelFamily, family_for
 from ..nn.linear import QuantizedLinear
+from ..nn.rope import KeyRotary
 from ..recipe import Recipe
 from ..rotation.fold import fold_embedding, fold_head, fold_layer, untie_head
 from ..rotation.rotations import Rotations, make_rotations
-from .assemble import RotationSigns, attach_kv_quantizer, quantize_input_modules
+from .assemble import (
+    RotationSigns,
+    attach_kv_quantizer,
+    key_rotary,
+    quantize_input_modules,
+    treated_inputs,
+)
+from .checks import check_finite, check_rope
+from .experts import HESSIAN_BYTES, quantize_experts
+from .head import quantize_head
 from .memory import PeakMemory, weight_bytes
 from .report import LayerReport, QuantizationReport
+from .scheme import check_patterns, head_is_kept, sections, treatment
 from .weights import quantize_weight
 
 __all__ = ["QuantizedModel", "needs_calibration", "quantize_model"]
@@ -49,17 +61,23 @@ class QuantizedModel:
 
 def needs_calibration(recipe: Recipe) -> bool:
     """Whether the recipe needs calibration text: GPTQ, a stored channel order or cache offsets do."""
-    smoothing = recipe.activations.smoothing
-    ordered = smoothing is not None and smoothing.channel_order == "calibrated"
     cache = recipe.kv_cache
     offsets = cache is not None and (
         "mean" in (cache.keys.offset, cache.values.offset) or cache.sensitive_layers > 0
     )
-    return _needs_hessian(recipe) or ordered or offsets
+    head = recipe.head.bits == 4 and recipe.weights.method == "gptq"
+    return _needs_hessian(recipe) or _needs_order(recipe) or offsets or head
+
+
+def _needs_order(recipe: Recipe) -> bool:
+    return any(
+        activations.smoothing is not None and activations.smoothing.channel_order == "calibrated"
+        for _, activations in sections(recipe)
+    )
 
 
 def _needs_hessian(recipe: Recipe) -> bool:
-    return recipe.weights.bits == 4 and recipe.weights.method == "gptq"
+    return any(weights.bits == 4 and weights.method == "gptq" for weights, _ in sections(recipe))
 
 
 def quantize_model(
@@ -69,6 +87,7 @@ def quantize_model(
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    hessian_bytes: int = HESSIAN_BYTES,
     progress: Progress = lambda done, total, text: None,
 ) -> QuantizedModel:
     """Quantize a causal language model of transformers in place.
@@ -79,6 +98,7 @@ def quantize_model(
         windows: int64 ``[samples, tokens]`` calibration windows; None if :func:`needs_calibration` says so.
         seed: of the rotations' random signs.
         device: where layers are computed.
+        hessian_bytes: of experts, only so many are quantized at once as have Hessians of so many bytes.
         progress: called with steps done, steps in all, and what is being done.
 
     Returns:
@@ -86,13 +106,14 @@ def quantize_model(
 
     Raises:
         NonFiniteError: a weight holds NaN or Inf.
-        RecipeError: the recipe's key offsets do not go with the model's RoPE.
+        RecipeError: the recipe's key offsets do not go with the model's RoPE, or a pattern matches nothing.
         UnsupportedArchitectureError: no family is known for the model.
     """
-    _check_rope(model.config, recipe)
+    check_rope(model.config, recipe)
+    check_patterns(recipe, family_for(model.config), model)
     if windows is None and needs_calibration(recipe):
         raise ValueError(f"recipe '{recipe.name}' needs calibration windows")
-    run = _Run(model, recipe, windows, seed, torch.device(device), progress)
+    run = _Run(model, recipe, windows, seed, torch.device(device), hessian_bytes, progress)
     with run.memory:
         return run.execute()
 
@@ -107,6 +128,7 @@ class _Run:
         windows: Tensor | None,
         seed: int,
         device: torch.device,
+        hessian_bytes: int,
         progress: Progress,
     ) -> None:
         config: Any = model.config
@@ -114,10 +136,13 @@ class _Run:
         self.recipe = recipe
         self.windows = windows
         self.device = device
+        self.hessian_bytes = hessian_bytes
         self.progress = progress
         self.family: ModelFamily = family_for(config)
-        self.sizes = ModelSizes.from_config(config)
-        self.rotations = make_rotations(recipe.rotation, self.sizes, seed)
+        self.sizes = self.family.sizes(config)
+        self.rotations = make_rotations(
+            recipe.rotation, self.sizes, seed, folds_residual=self.family.folds_residual
+        )
         self.report = QuantizationReport(bytes_before=weight_bytes(model))
         self.memory = PeakMemory(device)
         self.layers: Any = model.get_submodule(self.family.layers)
@@ -126,18 +151,20 @@ class _Run:
 
     def execute(self) -> QuantizedModel:
         started = time.perf_counter()
-        _check_finite(self.model)
-        if self.rotations.residual is not None:
+        check_finite(self.model)
+        if self.rotations.residual is not None or not head_is_kept(self.recipe, self.family):
             untie_head(self.model, self.family)
         fold_embedding(self.model, self.family, self.rotations)
         hidden = None
         if self.windows is not None:
             hidden = HiddenStates(self.model, self.family, self.windows, self.device)
         batches = 0 if hidden is None else len(hidden.batches)
-        self.total_steps = len(self.layers) * (2 * batches + len(self.family.inputs))
+        inputs = sum(len(treated_inputs(layer, self.family, self.recipe)) for layer in self.layers)
+        self.total_steps = len(self.layers) * 2 * batches + inputs
         for index, layer in enumerate(self.layers):
             self._quantize_layer(index, layer, hidden)
         fold_head(self.model, self.family, self.rotations)
+        self._quantize_head(hidden)
         if self.recipe.rotation is not None:
             self.model.rotation_signs = RotationSigns(self.rotations)
         key_bits = self._key_bits()
@@ -152,24 +179,32 @@ class _Run:
         name = f"layer {index + 1}/{len(self.layers)}"
         dtypes = {key: value.dtype for key, value in layer.named_parameters()}
         layer.to(device=self.device, dtype=torch.float32)
-        fold_layer(layer, self.family, self.rotations, self.sizes.head_dim)
+        if self.recipe.rotation is not None:
+            fold_layer(layer, self.family, self.rotations, self.sizes)
+        inputs = treated_inputs(layer, self.family, self.recipe)
+        linears = tuple(entry for entry in inputs if not entry.experts)
+        mixture = tuple(entry for entry in inputs if entry.experts)
         statistics: dict[str, InputStatistics] = {}
+        routed: RoutedTokens | None = None
         means: dict[str, MeanStatistics] = {}
+        rotary = key_rotary(self.model, self.family, index)
         reference: Tensor | None = None
         if hidden is not None:
             with_hessian = _needs_hessian(self.recipe)
             with (
-                collect_inputs(
-                    layer, self.family.inputs, self.device, with_hessian=with_hessian
-                ) as statistics,
-                collect_means(self._projections(layer)) as means,
+                collect_inputs(layer, linears, self.device, with_hessian=with_hessian) as statistics,
+                self._routed_tokens(layer, mixture) as routed,
+                collect_cache_means(layer.get_submodule(self.family.attention), rotary) as means,
             ):
                 reference = hidden.observe(layer, lambda: self._step(f"{name}: statistics"))
         if self.recipe.kv_cache is not None:
-            self._quantize_cache(layer, means, hidden, report)
-        for entry in self.family.inputs:
-            if self.recipe.weights.bits == 4:
-                self._quantize_input(layer, entry, statistics.get(entry.name), report)
+            self._quantize_cache(layer, rotary, means, hidden, report)
+        for entry in linears:
+            self._quantize_input(layer, entry, statistics.get(entry.path), report)
+            self._step(f"{name}: weights")
+        if mixture:
+            self._quantize_experts(layer, mixture, routed, report)
+        for _ in mixture:
             self._step(f"{name}: weights")
         if hidden is not None and reference is not None:
             output = hidden.advance(layer, lambda: self._step(f"{name}: outputs"))
@@ -182,6 +217,7 @@ class _Run:
     def _quantize_cache(
         self,
         layer: nn.Module,
+        rotary: KeyRotary | None,
         means: dict[str, MeanStatistics],
         hidden: HiddenStates | None,
         report: LayerReport,
@@ -190,12 +226,11 @@ class _Run:
         assert cache is not None
         attention = layer.get_submodule(self.family.attention)
         before = None if hidden is None else _attention_output(attention, layer, hidden)
-        rotary = self.model.get_submodule(self.family.rotary)
         quantizer = attach_kv_quantizer(layer, self.family, cache, self.sizes, rotary, cache.keys.bits)
         quantizer.to(self.device)
         for name, tensor in (("key", quantizer.keys), ("value", quantizer.values)):
             if tensor.offset is not None:
-                tensor.offset.copy_(means[name].mean().view_as(tensor.offset))
+                tensor.offset.copy_(means[name].mean())
         if before is not None and hidden is not None:
             after = _attention_output(attention, layer, hidden)
             report.cache_error = float((after - before).norm() / before.norm().clamp_min(1e-30))
@@ -203,11 +238,14 @@ class _Run:
     def _quantize_input(
         self, layer: nn.Module, entry: LinearInput, statistics: InputStatistics | None, report: LayerReport
     ) -> None:
+        how = treatment(self.recipe, self.family.layer_name(report.index), entry)
         parent = layer.get_submodule(entry.parent)
-        originals = [getattr(parent, name) for name in entry.linears]
+        originals = [getattr(parent, name) for name in how.linears]
+        replaced = quantize_input_modules(layer, entry, how, self.rotations)
+        if not replaced:
+            return
         weight = torch.cat([linear.weight.detach() for linear in originals])
         biases = [linear.bias for linear in originals]
-        replaced = quantize_input_modules(layer, entry, self.recipe, self.rotations, self.sizes)
         quantizer: Any = getattr(parent, entry.quantizer_name)
         hessian = None if statistics is None else statistics.hessian
         if quantizer.scheme.stores_order and statistics is not None:
@@ -215,7 +253,7 @@ class _Run:
             quantizer.channel_order.copy_(order)
             weight = weight[:, order]
             hessian = None if hessian is None else hessian[order][:, order]
-        quantized = quantize_weight(weight, self.recipe.weights, hessian)
+        quantized = quantize_weight(weight, how.weights, hessian)
         quantized.store(list(replaced.values()))
         for linear, bias in zip(replaced.values(), biases, strict=True):
             if bias is not None and linear.bias is not None:
@@ -224,19 +262,45 @@ class _Run:
         for linear in replaced.values():
             linear.to(self.device)
         if quantized.fell_back:
-            report.fallbacks.append(entry.name)
-            warnings.warn(
-                f"Layer {report.index}, input '{entry.name}': the Hessian could not be factored even with"
-                " 1000 times the damping; its weights were rounded to nearest.",
-                stacklevel=2,
-            )
+            report.fallbacks.append(entry.path)
+            self._warn_of_fallback(f"Layer {report.index}, input '{entry.path}'")
 
-    def _projections(self, layer: nn.Module) -> dict[str, nn.Module]:
-        attention = layer.get_submodule(self.family.attention)
-        return {
-            "key": attention.get_submodule(self.family.key),
-            "value": attention.get_submodule(self.family.value),
-        }
+    def _quantize_head(self, hidden: HiddenStates | None) -> None:
+        if not quantize_head(self.model, self.family, self.recipe, hidden, self.device):
+            self.report.head_fell_back = True
+            self._warn_of_fallback(f"The output head '{self.family.head}'")
+
+    @staticmethod
+    def _warn_of_fallback(what: str) -> None:
+        warnings.warn(
+            f"{what}: the Hessian could not be factored even with 1000 times the damping; its weights were"
+            " rounded to nearest.",
+            stacklevel=2,
+        )
+
+    def _routed_tokens(
+        self, layer: nn.Module, mixture: tuple[LinearInput, ...]
+    ) -> AbstractContextManager[RoutedTokens | None]:
+        """Keeps what a layer's experts are called with, if there are any and the recipe asks for it."""
+        if not mixture or not (_needs_hessian(self.recipe) or _needs_order(self.recipe)):
+            return nullcontext()
+        experts: Any = layer.get_submodule(mixture[0].parent)
+        return collect_routed_tokens(experts)
+
+    def _quantize_experts(
+        self,
+        layer: nn.Module,
+        mixture: tuple[LinearInput, ...],
+        routed: RoutedTokens | None,
+        report: LayerReport,
+    ) -> None:
+        name = self.family.layer_name(report.index)
+        treatments = {entry: treatment(self.recipe, name, entry) for entry in mixture}
+        done = quantize_experts(layer, treatments, self.rotations, routed, self.device, self.hessian_bytes)
+        report.undersampled_experts = done.undersampled
+        report.fallbacks += done.fallbacks
+        for message in done.messages(report.index):
+            warnings.warn(message, stacklevel=2)
 
     def _key_bits(self) -> list[int]:
         """Key bits of each layer; the layers the 4-bit cache hurts most get 8 if the recipe grants it."""
@@ -271,29 +335,6 @@ def _attention_output(attention: nn.Module, layer: nn.Module, hidden: HiddenStat
     finally:
         handle.remove()
     return outputs[0]
-
-
-def _check_rope(config: Any, recipe: Recipe) -> None:
-    """Refuse key offsets where a position's angles change as the text grows: they could not be put back."""
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if (
-        recipe.kv_cache is not None
-        and recipe.kv_cache.keys.offset != "none"
-        and rope in ("dynamic", "longrope")
-    ):
-        raise RecipeError(
-            f"RoPE of type '{rope}' changes the angles of earlier tokens as the text grows, so that an"
-            " offset of the keys cannot be put back exactly. Use --set kv_cache.keys.offset=none."
-        )
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise NonFiniteError(
-                f"The weight '{name}' holds NaN or Inf. The model is damaged or overflowed when it was"
-                " converted; get it again, or convert it from its original precision."
-            )
 
 
 def _snr_db(reference: Tensor, output: Tensor) -> float:

@@ -19,6 +19,8 @@ class LayerReport:
         cache_error: relative error of the attention output that the quantized KV cache alone causes; None
             without a quantized cache.
         fallbacks: inputs whose weights were rounded to nearest because GPTQ could not be used.
+        undersampled_experts: experts that were quantized with the tokens of others as well, because the
+            router sent them too few.
         seconds: time spent.
     """
 
@@ -26,6 +28,7 @@ class LayerReport:
     output_snr_db: float | None = None
     cache_error: float | None = None
     fallbacks: list[str] = field(default_factory=list)
+    undersampled_experts: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -36,6 +39,7 @@ class QuantizationReport:
     Attributes:
         layers: one entry a decoder layer.
         sensitive_layers: layers whose keys were given 8 bits.
+        head_fell_back: the output head was rounded to nearest because GPTQ could not be used.
         seconds: time of the whole run.
         bytes_before, bytes_after: size of all weights.
         peak_memory: bytes of resident memory at its highest (process), and of the GPU where one was used.
@@ -43,6 +47,7 @@ class QuantizationReport:
 
     layers: list[LayerReport] = field(default_factory=list)
     sensitive_layers: list[int] = field(default_factory=list)
+    head_fell_back: bool = False
     seconds: float = 0.0
     bytes_before: int = 0
     bytes_after: int = 0
@@ -51,8 +56,18 @@ class QuantizationReport:
 
     @property
     def fallbacks(self) -> list[str]:
-        """Every input that fell back to round-to-nearest, as ``layer N input``."""
-        return [f"layer {layer.index} {name}" for layer in self.layers for name in layer.fallbacks]
+        """Every input that fell back to round-to-nearest, as ``layer N input``; the head as ``head``."""
+        found = [f"layer {layer.index} {name}" for layer in self.layers for name in layer.fallbacks]
+        return [*found, "head"] if self.head_fell_back else found
+
+    @property
+    def undersampled_experts(self) -> list[str]:
+        """The experts that the router sent too few tokens, as ``layer N: i, j``."""
+        return [
+            f"layer {layer.index}: {', '.join(map(str, layer.undersampled_experts))}"
+            for layer in self.layers
+            if layer.undersampled_experts
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -1,8 +1,8 @@
 """Folding rotations into weights (QuaRot, arXiv 2404.00456, section 4; SpinQuant's names R1, R2, R4).
 
 With the row convention ``x' = x R``: a linear that reads a rotated input gets ``W R``, one that writes it
-gets ``Rᵀ W`` and the bias ``b R``. RMSNorm's gain goes into the linears behind it first, since only the pure
-division by the root mean square commutes with R. All of it is done in float64.
+gets ``Rᵀ W`` and the bias ``b R``. A norm's gain (and bias) goes into the linears behind it first, since only
+the pure division by the root mean square commutes with R. All of it is done in float64.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import LinearInput, ModelFamily
-from ..nn.rotation import OnlineHadamard, RotatedLinear
-from .hadamard import HadamardPlan
+from ..errors import UnsupportedArchitectureError
+from ..models import ModelFamily, ModelSizes
+from ..nn.experts import Experts
+from .norms import Affine, read_affine, replace_final_norm, replace_layer_norms
+from .online import matrices, rotate_input_online
 from .rotations import Rotations
 
-__all__ = ["fold_embedding", "fold_head", "fold_layer", "rotate_model", "untie_head"]
+__all__ = ["fold_embedding", "fold_head", "fold_layer", "open_experts", "rotate_model", "untie_head"]
+
+Rotate = Callable[[Tensor], Tensor]
 
 
 def untie_head(model: nn.Module, family: ModelFamily) -> None:
@@ -31,91 +35,122 @@ def untie_head(model: nn.Module, family: ModelFamily) -> None:
 
 
 def fold_embedding(model: nn.Module, family: ModelFamily, rotations: Rotations) -> None:
-    """Rotate the embedding's rows by R1, in place."""
-    if rotations.residual is not None:
-        weight = _module(model, family.embedding).weight
-        _assign(weight, rotations.residual.apply(_double(weight)))
+    """Rotate the rows of the embedding (and of learned positions) by R1, in place."""
+    if rotations.residual is None:
+        return
+    write = _writer(family, rotations.residual.apply)
+    for path in (family.embedding, family.positions):
+        if path is not None:
+            weight = _module(model, path).weight
+            _assign(weight, write(_double(weight)))
 
 
 def fold_head(model: nn.Module, family: ModelFamily, rotations: Rotations) -> None:
-    """Fold the final norm's gain and R1 into the output head, in place."""
+    """Fold the final norm and R1 into the output head, in place; a LayerNorm's bias gives the head one."""
     if rotations.residual is None:
         return
-    head = _module(model, family.head)
-    gain = _take_gain(_module(model, family.final_norm))
-    _assign(head.weight, rotations.residual.apply(_double(head.weight) * gain))
+    affine = read_affine(_module(model, family.final_norm), family.norm)
+    replace_final_norm(model, family, rotations)
+    _fold_reader(_module(model, family.head), affine, rotations.residual.apply)
 
 
-def fold_layer(layer: nn.Module, family: ModelFamily, rotations: Rotations, head_dim: int) -> None:
+def open_experts(layer: nn.Module, family: ModelFamily) -> None:
+    """Put :class:`~rrsq.nn.experts.Experts` in the place of a decoder layer's experts, with their weights.
+
+    Their linears are modules then, and can be folded and quantized like others.
+    """
+    for path in {entry.parent for entry in family.inputs_in(layer) if entry.experts}:
+        module = _module(layer, path)
+        if not isinstance(module, Experts):
+            layer.set_submodule(path, Experts.of(module))
+
+
+def fold_layer(layer: nn.Module, family: ModelFamily, rotations: Rotations, sizes: ModelSizes) -> None:
     """Fold all rotations into one decoder layer, in place.
 
     Linears whose input is rotated online become :class:`~rrsq.nn.rotation.RotatedLinear`.
+
+    Raises:
+        ValueError: R1 is asked for and a norm of the family stands in its way.
+        UnsupportedArchitectureError: a norm's bias has no bias of a linear to go into.
     """
-    for entry in family.inputs:
-        if rotations.residual is not None:
-            gain = None if entry.norm is None else _take_gain(_module(layer, entry.norm))
-            for linear in _linears(layer, entry):
-                if gain is not None:
-                    _assign(linear.weight, rotations.residual.apply(_double(linear.weight) * gain))
-                if entry.writes_residual:
-                    _rotate_outputs(linear, rotations.residual.apply)
-    _fold_head_dim(layer, family, rotations, head_dim)
-    _rotate_online(layer, family.input("o"), rotations.across_heads, inner=head_dim)
-    _rotate_online(layer, family.input("down"), rotations.intermediate, inner=1)
+    if rotations.residual is not None and not family.folds_residual:
+        raise ValueError(f"R1 cannot be folded into {family.model_type}: a norm follows its linears")
+    if rotations.residual is not None:
+        _fold_residual(layer, family, rotations, rotations.residual.apply)
+    if rotations.head is not None:
+        _fold_head_dim(layer, family, rotations.head.apply, sizes)
+    for entry in family.inputs_in(layer):
+        rotate_input_online(layer, entry, rotations)
 
 
-def rotate_model(model: nn.Module, family: ModelFamily, rotations: Rotations, head_dim: int) -> nn.Module:
+def rotate_model(model: nn.Module, family: ModelFamily, rotations: Rotations, sizes: ModelSizes) -> nn.Module:
     """Fold all rotations into a whole model, in place; its logits stay what they were."""
     if rotations.residual is not None:
         untie_head(model, family)
     fold_embedding(model, family, rotations)
     for layer in _module(model, family.layers):
-        fold_layer(layer, family, rotations, head_dim)
+        open_experts(layer, family)
+        fold_layer(layer, family, rotations, sizes)
     fold_head(model, family, rotations)
     return model
 
 
-def _fold_head_dim(layer: nn.Module, family: ModelFamily, rotations: Rotations, head_dim: int) -> None:
-    if rotations.head is None:
-        return
-    head = rotations.head
+def _fold_residual(layer: nn.Module, family: ModelFamily, rotations: Rotations, rotate: Rotate) -> None:
+    """R1, and the gains of the norms, in all linears that read or write the residual stream."""
+    affine = {path: read_affine(_module(layer, path), family.norm) for path in family.layer_norms}
+    replace_layer_norms(layer, family, rotations)
+    write = _writer(family, rotate)
+    for entry in family.inputs_in(layer):
+        if entry.reads_residual:
+            read = affine[entry.norm] if entry.norm else Affine(1.0)
+            for path in (*entry.linear_paths, *entry.full_precision):
+                _fold_reader(_module(layer, path), read, rotate)
+        else:
+            for path in entry.linear_paths:
+                _fold_writer(_module(layer, path), write)
+
+
+def _fold_head_dim(layer: nn.Module, family: ModelFamily, rotate: Rotate, sizes: ModelSizes) -> None:
+    """R2: the values' rows of their projection, which are its last ones, and o_proj's columns."""
 
     def per_head(rows: Tensor) -> Tensor:
-        return head.apply(rows.unflatten(-1, (-1, head_dim))).flatten(-2)
+        return rotate(rows.unflatten(-1, (-1, sizes.head_dim))).flatten(-2)
 
     value = _module(layer, f"{family.attention}.{family.value}")
-    _rotate_outputs(value, per_head)
-    for linear in _linears(layer, family.input("o")):
-        _assign(linear.weight, per_head(_double(linear.weight)))
+    rows = value.weight.shape[0]
+    _fold_writer(value, per_head, slice(rows - sizes.kv_heads * sizes.head_dim, rows))
+    for path in family.input("o").linear_paths:
+        weight = _module(layer, path).weight
+        _assign(weight, per_head(_double(weight)))
 
 
-def _rotate_online(layer: nn.Module, entry: LinearInput, plan: HadamardPlan | None, inner: int) -> None:
-    if plan is None:
-        return
-    parent = _module(layer, entry.parent)
-    for name in entry.linears:
-        linear = getattr(parent, name)
-        rotation = OnlineHadamard(plan, inner)
-        _assign(linear.weight, rotation(_double(linear.weight)))
-        setattr(parent, name, RotatedLinear(rotation, linear))
+def _fold_reader(linear: Any, affine: Affine, rotate: Rotate) -> None:
+    """``W (x * gain + bias)`` for a rotated ``x``: gain and R go into W, the bias into the linear's."""
+    if affine.bias is not None:
+        if linear.bias is None:
+            raise UnsupportedArchitectureError(
+                "A LayerNorm has a bias and a linear behind it has none that could take it up, so that R1"
+                " cannot be folded. Use --set rotation.residual=false."
+            )
+        _assign(linear.bias, _double(linear.bias) + _double(linear.weight) @ affine.bias)
+    for matrix in matrices(linear.weight):
+        _assign(matrix, rotate(_double(matrix) * affine.gain))
 
 
-def _rotate_outputs(linear: Any, rotate: Callable[[Tensor], Tensor]) -> None:
-    _assign(linear.weight, rotate(_double(linear.weight).t()).t())
+def _fold_writer(linear: Any, rotate: Rotate, rows: slice = slice(None)) -> None:
+    """Rotate a linear's outputs, or some of them."""
+    for matrix in matrices(linear.weight):
+        _assign(matrix[rows], rotate(_double(matrix[rows]).t()).t())
     if linear.bias is not None:
-        _assign(linear.bias, rotate(_double(linear.bias)))
+        _assign(linear.bias[rows], rotate(_double(linear.bias[rows])))
 
 
-def _take_gain(norm: Any) -> Tensor:
-    """The norm's gain in float64; the norm is left with a gain of one."""
-    gain = _double(norm.weight)
-    _assign(norm.weight, torch.ones_like(gain))
-    return gain
-
-
-def _linears(layer: nn.Module, entry: LinearInput) -> list[Any]:
-    parent = _module(layer, entry.parent)
-    return [getattr(parent, name) for name in entry.linears]
+def _writer(family: ModelFamily, rotate: Rotate) -> Rotate:
+    """What happens to all that is added to the residual stream: LayerNorms want a mean of zero first."""
+    if not family.norm.centered:
+        return rotate
+    return lambda rows: rotate(rows - rows.mean(-1, keepdim=True))
 
 
 def _module(root: nn.Module, path: str) -> Any:

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["ROWS", "gemv_kernel"]
+__all__ = ["ROWS", "gemv_kernel", "multiply_rows"]
 
 ROWS = 4
 _DOT4 = tl.constexpr("dp4a.s32.s32 $0, $1, $2, 0;")
@@ -54,31 +54,26 @@ def _step(
 
 
 @triton.jit
-def gemv_kernel(
+def multiply_rows(
     operand_pointer,
-    scale_pointer,
     packed_pointer,
     multiplier_pointer,
-    weight_scale_pointer,
-    bias_pointer,
-    out_pointer,
+    first,
     out_features,
     in_features,
     HALF: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK_WORDS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Four (``ROWS``) output channels of the one token.
+    """Four (``ROWS``) weight rows from ``first`` on times one token, float32 ``[4]``.
 
     ``operand_pointer`` and ``packed_pointer`` are int32 views: four channels or four bytes a word. A chunk is
     ``CHUNK_WORDS`` words whose low nibbles share one multiplier, and whose high nibbles do; a step is
     ``CHUNKS``. The rows are written out one by one, so that each thread keeps its part of the token for all
     of them and sums in its own registers until the end.
     """
-    first = tl.program_id(0) * 4
     row0 = tl.minimum(first, out_features - 1).to(tl.int64)
     row1 = tl.minimum(first + 1, out_features - 1).to(tl.int64)
     row2 = tl.minimum(first + 2, out_features - 1).to(tl.int64)
@@ -147,7 +142,42 @@ def gemv_kernel(
         )
     # The last two dimensions count rows: [.., i, j] is row 2 j + i.
     total = tl.join(tl.join(total0, total1), tl.join(total2, total3))
-    y = tl.sum(tl.sum(total, 1), 0).permute(1, 0).reshape(4).to(tl.float32)
+    return tl.sum(tl.sum(total, 1), 0).permute(1, 0).reshape(4).to(tl.float32)
+
+
+@triton.jit
+def gemv_kernel(
+    operand_pointer,
+    scale_pointer,
+    packed_pointer,
+    multiplier_pointer,
+    weight_scale_pointer,
+    bias_pointer,
+    out_pointer,
+    out_features,
+    in_features,
+    HALF: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK_WORDS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Four output channels of the one token; see :func:`multiply_rows`."""
+    first = tl.program_id(0) * 4
+    y = multiply_rows(
+        operand_pointer,
+        packed_pointer,
+        multiplier_pointer,
+        first,
+        out_features,
+        in_features,
+        HALF,
+        GROUP,
+        CHUNKS,
+        CHUNK_WORDS,
+        PTX,
+    )
     out = first + tl.arange(0, 4)
     mask = out < out_features
     y = y * tl.load(scale_pointer) * tl.load(weight_scale_pointer + out, mask=mask, other=0.0)

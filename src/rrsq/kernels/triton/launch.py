@@ -19,7 +19,7 @@ from .plans import FusedPlan, GemvPlan, Plan, TwoPassPlan
 from .unpack_kernel import unpack_kernel, unpack_words_kernel
 from .workspace import MAXIMUM_COUNTERS, counters
 
-__all__ = ["dequantize", "int8_gemm", "launch", "supports_words", "unpack"]
+__all__ = ["chunk_words", "dequantize", "int8_gemm", "launch", "supports_words", "unpack"]
 
 
 def _group_size(in_features: int, multiplier: Tensor | None) -> int:
@@ -33,7 +33,7 @@ def supports_words(in_features: int, group_size: int) -> bool:
     )
 
 
-def _chunk_words(group_size: int) -> int:
+def chunk_words(group_size: int) -> int:
     return 4 if group_size == 16 else 8
 
 
@@ -45,7 +45,7 @@ def unpack(packed: Tensor, multiplier: Tensor | None) -> Tensor:
     out = torch.empty(out_features, in_features, dtype=torch.int8, device=packed.device)
     half = pack_block(in_features) // 2
     if supports_words(in_features, group_size):
-        words = _chunk_words(group_size)
+        words = chunk_words(group_size)
         rows, chunks = 4, 256 // words
         grid = (triton.cdiv(out_features, rows), triton.cdiv(in_features // 8, chunks * words))
         unpack_words_kernel[grid](
@@ -140,7 +140,7 @@ def _gemv(
         GROUP=group_size,
         HAS_BIAS=bias is not None,
         CHUNKS=plan.chunks,
-        CHUNK_WORDS=_chunk_words(group_size),
+        CHUNK_WORDS=chunk_words(group_size),
         PTX=compiled(),
         enable_fp_fusion=False,
         num_warps=plan.warps,

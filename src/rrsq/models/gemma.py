@@ -1,0 +1,20 @@
+"""Gemma 1: Llama with a norm gain of ``1 + weight`` and a scaled embedding (the scale commutes with R1)."""
+
+from __future__ import annotations
+
+from .family import RMS_NORM_ONE_PLUS, ModelFamily
+from .llama import LLAMA_INPUTS
+from .sizes import ModelSizes
+
+__all__ = ["GEMMA"]
+
+GEMMA = ModelFamily(
+    "gemma",
+    "GemmaForCausalLM",
+    LLAMA_INPUTS,
+    norm=RMS_NORM_ONE_PLUS,
+    public={
+        "Gemma-2B": ModelSizes(2048, 16384, 8, 1, 256, 18),
+        "Gemma-7B": ModelSizes(3072, 24576, 16, 16, 256, 28),
+    },
+)

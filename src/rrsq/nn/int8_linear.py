@@ -1,0 +1,76 @@
+"""A linear layer with INT8 weights and activations in floating point, for the output head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+__all__ = ["Int8Linear"]
+
+_ROWS = 16384
+
+
+class Int8Linear(nn.Module):
+    """``y = x Ŵᵀ + b`` from int8 codes with one scale a row.
+
+    Args:
+        in_features, out_features: channels in and out.
+        bias: whether there is a bias.
+        dtype: dtype of the bias.
+
+    Attributes:
+        weight_int8: int8 ``[out, in]`` in [-127, 127].
+        weight_scale: float32 ``[out]``.
+        bias: ``[out]`` or None.
+    """
+
+    weight_int8: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_buffer("weight_int8", torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float32))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Round a floating point weight ``[out, in]`` to nearest, by the largest magnitude of each row."""
+        for rows in self._blocks():
+            block = weight[rows].float()
+            scale = block.abs().amax(1).clamp_min(1e-12) / 127
+            self.weight_int8[rows] = (block / scale.unsqueeze(1)).round().to(torch.int8)
+            self.weight_scale[rows] = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]`` in the dtype of ``x``."""
+        # Blocks of rows, so that no copy of the whole weight in floating point is made.
+        parts = [
+            (linear(x, self.weight_int8[rows].to(x.dtype)).float() * self.weight_scale[rows]).to(x.dtype)
+            for rows in self._blocks()
+        ]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return y if self.bias is None else y + self.bias
+
+    def _blocks(self) -> list[slice]:
+        return [slice(start, start + _ROWS) for start in range(0, self.out_features, _ROWS)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Scales stay float32 whatever dtype the model is cast to.
+        scale = self.weight_scale
+        module = super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return module
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )

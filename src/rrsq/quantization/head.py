@@ -1,0 +1,98 @@
+"""The output head in 8 or 4 bits, its input in floating point: logits are too sensitive for INT4 inputs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.statistics import InputStatistics
+from ..calibration.stream import HiddenStates
+from ..models import ModelFamily
+from ..nn.input import InputQuantizer, InputScheme
+from ..nn.int8_linear import Int8Linear
+from ..nn.linear import QuantizedLinear
+from ..recipe import Recipe
+from .scheme import group_size_for, head_is_kept
+from .weights import quantize_weight
+
+__all__ = ["quantize_head", "quantize_head_module"]
+
+# Rows quantized at once: the search for scales keeps several copies of them in float32.
+_ROWS = 16384
+
+
+def quantize_head_module(model: nn.Module, family: ModelFamily, recipe: Recipe) -> nn.Module | None:
+    """Replace the output head by an empty quantized one; None, and nothing is done, where it is kept."""
+    if head_is_kept(recipe, family):
+        return None
+    head: Any = model.get_submodule(family.head)
+    out_features, channels = head.weight.shape
+    bias, dtype = head.bias is not None, head.weight.dtype
+    new: nn.Module
+    if recipe.head.bits == 8:
+        new = Int8Linear(channels, out_features, bias=bias, dtype=dtype)
+    else:
+        new = QuantizedLinear(
+            channels,
+            out_features,
+            group_size=group_size_for(recipe.weights.group_size, channels),
+            bias=bias,
+            input_quantizer=InputQuantizer(InputScheme(channels)),
+            dtype=dtype,
+        )
+    model.set_submodule(family.head, new)
+    return new
+
+
+def quantize_head(
+    model: nn.Module, family: ModelFamily, recipe: Recipe, hidden: HiddenStates | None, device: torch.device
+) -> bool:
+    """Quantize the output head, which is untied and folded, as the recipe says.
+
+    Args:
+        model: its layers are quantized.
+        family: where its parts are.
+        recipe: ``head`` and, for 4 bits, ``weights``.
+        hidden: the calibration text behind the last layer, or None for round to nearest.
+        device: where to compute.
+
+    Returns:
+        False if GPTQ was asked for and could not be used.
+    """
+    original: Any = model.get_submodule(family.head)
+    new: Any = quantize_head_module(model, family, recipe)
+    if new is None:
+        return True
+    if original.bias is not None:
+        new.bias.copy_(original.bias.detach())
+    if isinstance(new, Int8Linear):
+        new.set_weight(original.weight.detach())
+        return True
+    hessian = None
+    if recipe.weights.method == "gptq" and hidden is not None:
+        hessian = _head_hessian(model, family, hidden, device)
+    parts = [
+        quantize_weight(rows.detach().to(device, torch.float32), recipe.weights, hessian)
+        for rows in original.weight.split(_ROWS)
+    ]
+    multipliers = [part.multiplier for part in parts if part.multiplier is not None]
+    new.set_weight(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat(multipliers) if multipliers else None,
+    )
+    return not any(part.fell_back for part in parts)
+
+
+def _head_hessian(
+    model: nn.Module, family: ModelFamily, hidden: HiddenStates, device: torch.device
+) -> Tensor | None:
+    norm = copy.deepcopy(model.get_submodule(family.final_norm)).to(device, torch.float32)
+    statistics = InputStatistics(hidden.batches[0].shape[-1], device)
+    with torch.inference_mode():
+        for batch in hidden.batches:
+            statistics.add(norm(batch.to(device)))
+    return statistics.hessian

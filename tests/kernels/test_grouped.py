@@ -1,0 +1,292 @@
+"""The products of a mixture of experts: the table of blocks, and every kernel against float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from rrsq import kernels
+from rrsq.kernels import Routing, pack_int4, route_rows
+from rrsq.kernels.dispatch import Call, explain
+from rrsq.kernels.eager.packing import weight_operand
+
+from .problems import relative_error
+
+pytest.importorskip("triton")
+
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+ROUTINGS = ("random", "one_expert", "last_expert_only", "every_other", "skewed")
+
+
+@dataclass
+class GroupedProblem:
+    """Operands of ``grouped_linear`` and what it must give, in float64."""
+
+    operand: Tensor
+    scale: Tensor
+    experts: Tensor
+    rows_per_token: int
+    packed: Tensor
+    weight_scale: Tensor
+    multiplier: Tensor | None
+    expected: Tensor
+
+
+def draw_experts(kind: str, rows: int, num_experts: int, generator: torch.Generator) -> Tensor:
+    if kind == "one_expert":
+        return torch.zeros(rows, dtype=torch.int64)
+    if kind == "last_expert_only":
+        return torch.full((rows,), num_experts - 1)
+    experts = torch.randint(0, num_experts, (rows,), generator=generator)
+    if kind == "every_other":
+        return experts // 2 * 2
+    if kind == "skewed":
+        return torch.where(torch.rand(rows, generator=generator) < 0.7, 1 % num_experts, experts)
+    return experts
+
+
+def make_grouped(
+    tokens: int,
+    num_experts: int,
+    out_features: int,
+    in_features: int,
+    group_size: int | None = 32,
+    rows_per_token: int = 1,
+    kind: str = "random",
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> GroupedProblem:
+    """Draw a problem; ``expected`` is one float64 product a row."""
+    generator = torch.Generator().manual_seed(seed)
+    operand = torch.randint(-126, 127, (tokens, in_features), generator=generator, dtype=torch.int8)
+    codes = torch.randint(-8, 8, (num_experts, out_features, in_features), generator=generator)
+    scale = torch.rand(tokens, generator=generator) + 0.1
+    weight_scale = torch.rand(num_experts, out_features, generator=generator) * 1e-3
+    experts = draw_experts(kind, tokens * rows_per_token, num_experts, generator)
+    packed = torch.stack([pack_int4(matrix) for matrix in codes])
+    weight, multiplier = codes.double(), None
+    if group_size is not None:
+        shape = (num_experts, out_features, in_features // group_size)
+        multiplier = torch.randint(1, 16, shape, generator=generator, dtype=torch.uint8)
+        weight = weight * multiplier.double().repeat_interleave(group_size, 2)
+    rows = torch.arange(tokens * rows_per_token) // rows_per_token
+    expected = torch.empty(len(rows), out_features, dtype=torch.float64)
+    for row, (token, expert) in enumerate(zip(rows.tolist(), experts.tolist(), strict=True)):
+        sums = weight[expert] @ operand[token].double()
+        expected[row] = sums * scale[token].double() * weight_scale[expert].double()
+    return GroupedProblem(
+        operand.to(device),
+        scale.to(device),
+        experts.to(device),
+        rows_per_token,
+        packed.to(device),
+        weight_scale.to(device),
+        None if multiplier is None else multiplier.to(device),
+        expected.to(device),
+    )
+
+
+def run(problem: GroupedProblem, backend: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    with kernels.use_kernels(backend):
+        return kernels.grouped_linear(
+            problem.operand,
+            problem.scale,
+            None,
+            1,
+            route_rows(problem.experts, problem.packed.shape[0]),
+            problem.rows_per_token,
+            problem.packed,
+            problem.weight_scale,
+            problem.multiplier,
+            dtype,
+        )
+
+
+def check_blocks(routing: Routing, num_experts: int) -> None:
+    """Every row is in one block, and every block's rows belong to its expert."""
+    rows: list[int] = []
+    start, ends = routing.start.tolist(), routing.ends.tolist()
+    for block, expert in enumerate(routing.blocks.tolist()):
+        if expert == num_experts:
+            continue
+        first = start[expert] + (block - (ends[expert - 1] if expert else 0)) * routing.block_rows
+        inside = routing.order[first : min(first + routing.block_rows, start[expert + 1])]
+        assert 0 < len(inside) <= routing.block_rows
+        assert routing.experts[inside].tolist() == [expert] * len(inside)
+        rows += inside.tolist()
+    assert sorted(rows) == list(range(len(routing.experts)))
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+@pytest.mark.parametrize(("rows", "num_experts"), [(3, 1), (17, 8), (64, 8), (300, 8), (33, 128), (1100, 8)])
+def test_every_row_is_in_one_block_of_its_expert(kind, rows, num_experts, device, generator):
+    routing = route_rows(draw_experts(kind, rows, num_experts, generator).to(device), num_experts)
+    check_blocks(routing, num_experts)
+
+
+def test_blocks_grow_with_the_rows_of_an_expert(generator):
+    sizes = [
+        route_rows(torch.randint(0, 8, (rows,), generator=generator), 8).block_rows
+        for rows in (2, 3, 128, 129, 512, 513, 4096)
+    ]
+    assert sizes == [1, 16, 16, 32, 64, 128, 128]
+
+
+def test_few_rows_are_not_sorted():
+    routing = route_rows(torch.tensor([5, 1, 5]), 16)
+    assert routing.block_rows == 1
+    assert routing.order.numel() == routing.blocks.numel() == 0
+
+
+def test_the_table_has_room_for_the_worst_case():
+    """One row for each expert but the first, which has all others: every block but the last is needed."""
+    num_experts, rows = 8, 8 + 120
+    experts = torch.cat((torch.arange(8), torch.zeros(rows - 8, dtype=torch.int64)))
+    routing = route_rows(experts, num_experts)
+    check_blocks(routing, num_experts)
+    assert int((routing.blocks < num_experts).sum()) == -(-121 // 16) + 7
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_against_float64(backend, tokens, kind, device):
+    problem = make_grouped(tokens, 8, 18, 128, rows_per_token=2, kind=kind, device=device)
+    assert relative_error(run(problem, backend), problem.expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("tokens", [40, 80, 150, 300])
+def test_larger_blocks(tokens, device):
+    """20, 40, 75 and 150 rows an expert: blocks of 32, 64 and 128 rows, and several of them."""
+    problem = make_grouped(tokens, 2, 40, 64, kind="skewed", device=device)
+    assert route_rows(problem.experts, 2).block_rows == {40: 32, 80: 64}.get(tokens, 128)
+    assert relative_error(run(problem, "triton"), problem.expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("in_features", [64, 192, 576, 960])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_channels_that_no_block_divides(tokens, in_features, device):
+    problem = make_grouped(tokens, 4, 9, in_features, device=device)
+    assert relative_error(run(problem, "triton"), problem.expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("group_size", [None, 16, 64, 128, 256])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_every_group_size(tokens, group_size, device):
+    problem = make_grouped(tokens, 4, 6, 256, group_size=group_size, device=device)
+    assert relative_error(run(problem, "triton"), problem.expected) < TOLERANCE[torch.float32]
+
+
+def test_a_split_sum_is_exact_and_repeatable(device):
+    problem = make_grouped(6, 4, 72, 2048, device=device)
+    first = run(problem, "triton")
+    assert relative_error(first, problem.expected) < TOLERANCE[torch.float32]
+    assert torch.equal(run(problem, "triton"), first)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_every_element_is_written(tokens, device, monkeypatch):
+    """Outputs that held NaN before: what a kernel leaves out would show."""
+    original = torch.empty
+
+    def filled(*size, **options):
+        tensor = original(*size, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    problem = make_grouped(tokens, 4, 13, 128, kind="every_other", device=device)
+    monkeypatch.setattr(torch, "empty", filled)
+    actual = run(problem, "triton")
+    monkeypatch.undo()
+    assert relative_error(actual, problem.expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_output_dtypes_differ_from_eager_by_rounding_only(tokens, dtype, device):
+    problem = make_grouped(tokens, 8, 12, 256, rows_per_token=2, device=device)
+    actual, eager = run(problem, "triton", dtype), run(problem, "eager", dtype)
+    assert actual.dtype is eager.dtype is dtype
+    assert relative_error(actual, problem.expected) < TOLERANCE[dtype]
+    assert relative_error(actual, eager.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_no_tokens(backend, device):
+    problem = make_grouped(1, 4, 8, 64, device=device)
+    problem.operand, problem.scale, problem.experts = (
+        tensor[:0] for tensor in (problem.operand, problem.scale, problem.experts)
+    )
+    assert run(problem, backend).shape == (0, 8)
+
+
+def test_an_unpacked_weight_gives_the_same():
+    p = make_grouped(9, 4, 24, 96)
+    unpacked = torch.stack([weight_operand(p.packed[e], p.multiplier[e]) for e in range(4)])
+    arguments = (p.operand, p.scale, None, 1, route_rows(p.experts, 4), 1, p.packed, p.weight_scale)
+    actual = kernels.grouped_linear(*arguments, p.multiplier, torch.float32, unpacked)
+    assert torch.equal(actual, run(p, "eager"))
+
+
+@pytest.mark.parametrize("tokens_per_set", [1, 4, 128])
+def test_real_group_scales_run_expert_by_expert(tokens_per_set, device, generator):
+    problem = make_grouped(10, 4, 24, 128, rows_per_token=2, device=device)
+    group_scale = (torch.rand(-(-10 // tokens_per_set), 4, generator=generator) + 0.1).to(device)
+    actual = kernels.grouped_linear(
+        problem.operand,
+        problem.scale,
+        group_scale,
+        tokens_per_set,
+        route_rows(problem.experts, 4),
+        2,
+        problem.packed,
+        problem.weight_scale,
+        problem.multiplier,
+        torch.float32,
+    )
+    for row, expert in enumerate(problem.experts.tolist()):
+        token = row // 2
+        weight = weight_operand(problem.packed[expert].cpu(), problem.multiplier[expert].cpu()).double()
+        smoothing = group_scale[token // tokens_per_set].cpu().double().repeat_interleave(32)
+        expected = weight @ (problem.operand[token].cpu().double() * smoothing)
+        expected *= problem.scale[token].cpu().double() * problem.weight_scale[expert].cpu().double()
+        assert relative_error(actual[row : row + 1].cpu(), expected[None]) < 1e-5
+
+
+def test_16_bit_activations_run_expert_by_expert(device, generator):
+    problem = make_grouped(10, 4, 24, 128, rows_per_token=2, device=device)
+    x = torch.randn(10, 128, generator=generator).to(device)
+    actual = kernels.grouped_linear(
+        x,
+        None,
+        None,
+        1,
+        route_rows(problem.experts, 4),
+        2,
+        problem.packed,
+        problem.weight_scale,
+        problem.multiplier,
+        torch.float32,
+    )
+    for row, expert in enumerate(problem.experts.tolist()):
+        weight = weight_operand(problem.packed[expert].cpu(), problem.multiplier[expert].cpu()).double()
+        weight = weight * problem.weight_scale[expert].cpu().double()[:, None]
+        expected = weight @ x[row // 2].cpu().double()
+        assert relative_error(actual[row : row + 1].cpu(), expected[None]) < 1e-5
+
+
+def test_the_dispatch_says_why_a_call_runs_expert_by_expert():
+    sizes = (("in_features", 96), ("weight_group_size", 24), ("group_scale", 3))
+    call = Call("grouped_linear", torch.device("cpu"), (("operand", torch.bfloat16),), sizes)
+    triton, eager = explain(call)
+    assert (triton.kernel.backend, eager.kernel.backend) == ("triton", "eager")
+    assert eager.reasons == ()
+    for reason in (
+        "operand of torch.bfloat16 is not supported",
+        "in_features = 96 is not a multiple of 64",
+        "weight_group_size = 24 is not a power of two",
+        "group_scale is not supported",
+    ):
+        assert reason in triton.reasons

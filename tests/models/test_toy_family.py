@@ -1,0 +1,85 @@
+"""A family added from outside the package, by the public registry alone (docs/adding-a-model.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rrsq
+from rrsq.errors import UnsupportedArchitectureError
+from rrsq.models import register_family, registry
+from rrsq.nn.cache_layers import QuantizedCacheLayer
+from rrsq.nn.linear import QuantizedLinear
+from rrsq.quantization.pipeline import quantize_model
+from rrsq.recipe import Rotation
+from rrsq.rotation.fold import rotate_model
+from rrsq.rotation.rotations import make_rotations
+from tiny_quantized import logits_of, random_tokens, recipe_of, save_tiny
+from toy_family import TOY, ToyConfig, ToyForCausalLM
+
+
+@pytest.fixture
+def toy() -> Any:
+    """A random model with uneven norm gains; the family is not registered yet."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ToyForCausalLM(ToyConfig()).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(torch.randn_like(parameter) * (1.0 if "norm" in name else 0.3))
+    return model
+
+
+@pytest.fixture
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+    register_family(TOY)
+
+
+def test_it_is_unknown_before(toy: Any) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match=r"'toy' is not supported.*adding-a-model\.md"):
+        quantize_model(toy, recipe_of("rtn-w4a4"), None)
+
+
+def test_rotations_change_nothing(toy: Any) -> None:
+    tokens = random_tokens(2, 20)
+    before = logits_of(toy, tokens).double()
+    sizes = TOY.sizes(toy.config)
+    rotations = make_rotations(Rotation(), sizes, 0)
+    assert None not in (rotations.residual, rotations.head, rotations.across_heads, rotations.intermediate)
+    rotate_model(toy, TOY, rotations, sizes)
+    after = logits_of(toy, tokens).double()
+    assert float((after - before).norm() / before.norm()) < 1e-5
+
+
+@pytest.mark.usefixtures("_registered")
+@pytest.mark.parametrize("name", ["rrs-w4a4kv4", "rrs-paper-w4a4kv4", "rtn-w4a4"])
+def test_it_quantizes_saves_loads_and_generates(
+    name: str, toy: Any, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    windows = None if name == "rtn-w4a4" else random_tokens(3, 24, seed=1)
+    quantized = quantize_model(toy, recipe_of(name), windows)
+    block = quantized.model.get_submodule("trunk.blocks.1")
+    assert {path for path, module in block.named_modules() if isinstance(module, QuantizedLinear)} == {
+        "mixer.fused",
+        "mixer.project",
+        "grow",
+        "shrink",
+    }
+    model: Any = rrsq.load(str(save_tiny(quantized, tiny_llama_dir, tmp_path / "out")), device="cpu")
+    tokens = random_tokens(1, 12)
+    assert torch.equal(logits_of(model, tokens), logits_of(quantized.model, tokens))
+    result = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        min_new_tokens=5,
+        max_new_tokens=5,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    assert result.sequences.shape == (1, 17)
+    layers = result.past_key_values.layers
+    assert all(isinstance(layer, QuantizedCacheLayer) for layer in layers) == (name != "rtn-w4a4")
