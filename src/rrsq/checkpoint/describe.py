@@ -16,8 +16,9 @@ __all__ = [
 ]
 
 _ROTATIONS = {
+    "more_intermediate": "intermediate of other MLPs ({})",
     "residual_online": "residual ({}), online at the inputs of attention and MLP, since norms behind them"
-    " keep it from being folded"
+    " keep it from being folded",
 }
 
 
