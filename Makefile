@@ -3,12 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODELS ?= $(HOME)/.cache/rrsq-models
+# The oldest transformers that pyproject.toml admits, in an environment that has all else from the first.
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+OLDEST_VENV := $(VENV)-oldest
 
-.PHONY: help install demo test test-real test-gpu lint clean
+# What depends on transformers: its models, its caches, its way of loading.
+VERSIONED_TESTS := tests/models tests/checkpoint tests/nn tests/calibration
+
+.PHONY: help install demo test test-oldest test-real test-gpu lint clean
 
 help:
 	@echo "make demo       quantize a small real model, evaluate it before and after, and let it write"
 	@echo "make test       run the tests (no network, no GPU)"
+	@echo "make test-oldest  run those on models, checkpoints and caches with transformers $(OLDEST)"
 	@echo "make test-real  run the tests on real models in MODELS=... with text under RRSQ_DATA_ROOT"
 	@echo "make test-gpu   run the tests that need a CUDA device, with the python that PYTHON names"
 	@echo "make lint       ruff and mypy"
@@ -27,6 +34,18 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -q -m "not real and not gpu"
 
+test-oldest: $(OLDEST_VENV)/.installed
+	PYTHONPATH=src $(OLDEST_VENV)/bin/python -c "import transformers as t; assert t.__version__.startswith('$(OLDEST).')"
+	PYTHONPATH=src $(OLDEST_VENV)/bin/python -m pytest -q -m "not real and not gpu" $(VERSIONED_TESTS)
+
+$(OLDEST_VENV)/.installed: $(VENV)/.installed
+	rm -rf $(OLDEST_VENV)
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > "$$($(OLDEST_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth"
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "transformers==$(OLDEST).*"
+	touch $@
+
 test-real: install
 	RRSQ_TEST_MODELS="$(MODELS)" $(BIN)/python -m pytest -q -m real
 
@@ -39,4 +58,4 @@ lint: install
 	$(BIN)/mypy --config-file pyproject.toml
 
 clean:
-	rm -rf $(VENV) build dist demo-out
+	rm -rf $(VENV) $(OLDEST_VENV) build dist demo-out

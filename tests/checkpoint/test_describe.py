@@ -61,5 +61,5 @@ def test_card_and_inspect_say_what_was_done(name: str, tiny_llama_dir: Path, tmp
         assert "*.mlp.down: activations INT8" in text
         assert "INT8 weights" in text
         assert "*.layers.0.mlp.up_proj: full precision" in text
-        online = "residual online, at the inputs of attention and MLP, since norms behind them"
+        online = "residual (60), online at the inputs of attention and MLP, since norms behind them"
         assert (online in text) == (name == "gemma2")

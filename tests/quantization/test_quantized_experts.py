@@ -11,6 +11,8 @@ import torch
 
 from rrsq.calibration.experts import expert_statistics
 from rrsq.calibration.statistics import InputStatistics
+from rrsq.checkpoint.card import model_card
+from rrsq.checkpoint.writer import checkpoint_info
 from rrsq.models import family_for
 from rrsq.nn.experts import ExpertLinear, Experts, QuantizedExpertLinear
 from rrsq.nn.rotation import RotatedLinear
@@ -152,6 +154,15 @@ def test_experts_that_saw_nothing_are_named_and_still_good() -> None:
         error = x @ experts.gate_up_proj.dequantized_weight()[expert].T - exact
         errors.append(float(error.norm() / exact.norm()))
     assert max(errors) < 1.5 * min(errors)
+
+
+def test_the_card_names_such_experts_and_all_rotations() -> None:
+    with pytest.warns(UserWarning, match="few tokens"):
+        quantized = quantize_model(starved((1, 4)), recipe_of("rrs-w4a4kv4"), WINDOWS)
+    info = checkpoint_info(quantized, seed=0, source_model="tiny", calibration=None)
+    card = model_card(info, quantized.report)
+    assert "others' were used as well: layer 0: 1, 4." in card
+    assert "intermediate (20); intermediate of other MLPs (48 and 88)" in card
 
 
 def test_nothing_warns_where_every_expert_saw_enough() -> None:

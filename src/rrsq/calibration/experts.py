@@ -30,11 +30,6 @@ class RoutedTokens:
         self.hidden: list[Tensor] = []
         self.chosen: list[Tensor] = []
 
-    @property
-    def tokens(self) -> int:
-        """Tokens in all."""
-        return sum(len(chosen) for chosen in self.chosen)
-
     def add(self, hidden: Tensor, chosen: Tensor) -> None:
         """Keep a batch."""
         self.hidden.append(hidden.detach().float().cpu())

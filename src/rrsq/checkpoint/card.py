@@ -60,7 +60,8 @@ def model_card(info: CheckpointInfo, report: QuantizationReport) -> str:
         lines += ["", f"Rounded to nearest because GPTQ could not be used: {', '.join(report.fallbacks)}."]
     if report.undersampled_experts:
         experts = "; ".join(report.undersampled_experts)
-        lines += ["", f"Experts that saw little calibration text, and others' as well: {experts}."]
+        text = "Experts that the router sent few tokens in calibration, so that others' were used as well"
+        lines += ["", f"{text}: {experts}."]
     if any(layer.output_snr_db is not None for layer in report.layers):
         lines += [
             "",

@@ -16,8 +16,9 @@ __all__ = [
 ]
 
 _ROTATIONS = {
-    "residual_online": "residual online, at the inputs of attention and MLP, since norms behind them keep it"
-    " from being folded"
+    "more_intermediate": "intermediate of other MLPs ({})",
+    "residual_online": "residual ({}), online at the inputs of attention and MLP, since norms behind them"
+    " keep it from being folded",
 }
 
 
@@ -68,7 +69,7 @@ def describe_cache(info: CheckpointInfo) -> str:
 def describe_rotation(info: CheckpointInfo) -> str:
     """The rotations and their sizes."""
     parts = [
-        f"{_ROTATIONS.get(name, name.replace('_', ' '))} ({_plans(plans)})"
+        _ROTATIONS.get(name, f"{name.replace('_', ' ')} ({{}})").format(_plans(plans))
         for name, plans in info.rotation
         if plans is not None
     ]

@@ -37,8 +37,9 @@ from .checks import check_finite, check_rope
 from .experts import HESSIAN_BYTES, quantize_experts
 from .head import quantize_head
 from .memory import PeakMemory, weight_bytes
+from .needs import needs_calibration, needs_hessian, needs_order
 from .report import LayerReport, QuantizationReport
-from .scheme import check_patterns, head_is_kept, sections, treatment
+from .scheme import check_patterns, head_is_kept, treatment
 from .weights import quantize_weight
 
 __all__ = ["QuantizedModel", "needs_calibration", "quantize_model"]
@@ -57,27 +58,6 @@ class QuantizedModel:
     rotations: Rotations
     key_bits: list[int]
     report: QuantizationReport
-
-
-def needs_calibration(recipe: Recipe) -> bool:
-    """Whether the recipe needs calibration text: GPTQ, a stored channel order or cache offsets do."""
-    cache = recipe.kv_cache
-    offsets = cache is not None and (
-        "mean" in (cache.keys.offset, cache.values.offset) or cache.sensitive_layers > 0
-    )
-    head = recipe.head.bits == 4 and recipe.weights.method == "gptq"
-    return _needs_hessian(recipe) or _needs_order(recipe) or offsets or head
-
-
-def _needs_order(recipe: Recipe) -> bool:
-    return any(
-        activations.smoothing is not None and activations.smoothing.channel_order == "calibrated"
-        for _, activations in sections(recipe)
-    )
-
-
-def _needs_hessian(recipe: Recipe) -> bool:
-    return any(weights.bits == 4 and weights.method == "gptq" for weights, _ in sections(recipe))
 
 
 def quantize_model(
@@ -190,7 +170,7 @@ class _Run:
         rotary = key_rotary(self.model, self.family, index)
         reference: Tensor | None = None
         if hidden is not None:
-            with_hessian = _needs_hessian(self.recipe)
+            with_hessian = needs_hessian(self.recipe)
             with (
                 collect_inputs(layer, linears, self.device, with_hessian=with_hessian) as statistics,
                 self._routed_tokens(layer, mixture) as routed,
@@ -282,7 +262,7 @@ class _Run:
         self, layer: nn.Module, mixture: tuple[LinearInput, ...]
     ) -> AbstractContextManager[RoutedTokens | None]:
         """Keeps what a layer's experts are called with, if there are any and the recipe asks for it."""
-        if not mixture or not (_needs_hessian(self.recipe) or _needs_order(self.recipe)):
+        if not mixture or not (needs_hessian(self.recipe) or needs_order(self.recipe)):
             return nullcontext()
         experts: Any = layer.get_submodule(mixture[0].parent)
         return collect_routed_tokens(experts)

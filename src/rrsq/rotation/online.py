@@ -19,7 +19,7 @@ def matrices(weight: Tensor) -> Tensor:
 
     Folding takes them one by one, for the sake of memory: it is done in float64.
     """
-    return weight.detach().view(-1, *weight.shape[-2:])
+    return weight.detach() if weight.ndim == 3 else weight.detach().unsqueeze(0)
 
 
 def online_rotation(entry: LinearInput, rotations: Rotations, channels: int) -> OnlineHadamard | None:
