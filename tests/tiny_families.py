@@ -139,14 +139,19 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A seeded random model with uneven norm gains and random biases, in evaluation mode."""
+    """The seeded random model of a name in :data:`TINY`."""
+    return random_model(TINY[name]()).to(dtype)
+
+
+def random_model(config: PretrainedConfig) -> Any:
+    """A seeded random float32 model with uneven norm gains and random biases, in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(TINY[name](), dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for path, parameter in model.named_parameters():
                 if path.endswith("bias"):
                     parameter.copy_(0.5 * torch.randn_like(parameter))
                 elif "norm" in path:
                     parameter.copy_(torch.exp(0.5 * torch.randn_like(parameter)))
-    return model.to(dtype)
+    return model

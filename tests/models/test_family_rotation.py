@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from rrsq.errors import UnsupportedArchitectureError
 from rrsq.models import family_for
+from rrsq.models.opt import OPT
 from rrsq.nn.rotation import RotatedLinear
 from rrsq.recipe import Rotation
 from rrsq.rotation.fold import rotate_model
 from rrsq.rotation.rotations import Rotations, make_rotations
-from tiny_families import TINY, tiny_model
+from tiny_families import TINY, random_model, tiny_model
 from tiny_quantized import logits_of, random_tokens
 
 NONE = Rotation(residual=False, head=False, across_heads=False, intermediate=False)
@@ -67,3 +71,34 @@ def test_folding_past_a_norm_is_refused(name: str) -> None:
     folded = make_rotations(Rotation(), sizes, 0)
     with pytest.raises(ValueError, match=f"R1 cannot be folded into {name}"):
         rotate_model(model, family, Rotations(residual=folded.residual), sizes)
+
+
+def opt(**options: bool) -> Any:
+    config = TINY["opt"]()
+    for key, value in options.items():
+        setattr(config, key, value)
+    return random_model(config)
+
+
+def test_norms_without_parameters_need_no_biases_behind_them() -> None:
+    """As Galactica has them: LayerNorm without gain and bias, and linears without biases."""
+    model = opt(enable_bias=False, layer_norm_elementwise_affine=False)
+    tokens = random_tokens(2, 12)
+    before = logits_of(model, tokens).double()
+    sizes = OPT.sizes(model.config)
+    rotate_model(model, OPT, make_rotations(Rotation(), sizes, 0), sizes)
+    after = logits_of(model, tokens).double()
+    assert float((after - before).norm() / before.norm()) < 1e-5
+    assert model.lm_head.bias is None
+
+
+def test_a_bias_of_a_norm_that_no_linear_can_take_up_is_refused() -> None:
+    sizes = OPT.sizes(TINY["opt"]())
+    with pytest.raises(UnsupportedArchitectureError, match=r"rotation\.residual=false"):
+        rotate_model(opt(enable_bias=False), OPT, make_rotations(Rotation(), sizes, 0), sizes)
+    model = opt(enable_bias=False)
+    tokens = random_tokens(2, 12)
+    before = logits_of(model, tokens).double()
+    rotate_model(model, OPT, make_rotations(Rotation(residual=False), sizes, 0), sizes)
+    after = logits_of(model, tokens).double()
+    assert float((after - before).norm() / before.norm()) < 1e-5
