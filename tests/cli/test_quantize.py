@@ -58,7 +58,7 @@ def test_quantized_folder_is_evaluated_beside_its_source(
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     written = json.loads(report.read_text())
-    quantized, original = (written[key]["results"][0]["value"] for key in ("model", "baseline"))
+    original, quantized = (model["results"][0]["metrics"][0]["value"] for model in written["models"])
     assert quantized != original
     assert quantized == pytest.approx(original, rel=0.5)
 
