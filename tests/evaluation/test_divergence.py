@@ -83,5 +83,6 @@ def test_task_needs_a_reference_of_its_vocabulary(
         task.run(model, tiny_tokenizer, TaskOptions(sequence_length=32, limit=2, reference=wider))
     with pytest.raises(ValueError, match="520 and 512"):
         divergence(model, wider, random_tokens(1, 8))
-    (result,) = task.run(model, tiny_tokenizer, TaskOptions(sequence_length=32, limit=2, reference=model))
+    options = TaskOptions(sequence_length=32, limit=2, reference=model)
+    ((result,),) = task.run(model, tiny_tokenizer, options).values()
     assert {metric.name: metric.value for metric in result.metrics} == {"kl_mean": 0, "kl_p99": 0, "top1": 1}

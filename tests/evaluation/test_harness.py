@@ -69,7 +69,8 @@ def ask(names: list[str], folder: Path, options: TaskOptions) -> list[TaskResult
     tasks = HarnessTasks(tuple(names))
     tasks.prepare(options)
     model = load_model(str(folder), device="cpu", dtype="float32")
-    return list(tasks.run(model, load_tokenizer(str(folder)), options))
+    measured = tasks.run(model, load_tokenizer(str(folder)), options)
+    return [result for name in names for result in measured[name]]
 
 
 def assert_equal(result: TaskResult, expected: dict[str, Any]) -> None:
@@ -93,7 +94,8 @@ def test_numbers_are_those_of_lm_eval_alone(
     tasks.prepare(options)
     for folder in (tiny_llama_dir, tiny_qwen2_dir):  # The prepared tasks serve one model after the other.
         model = load_model(str(folder), device="cpu", dtype="float32")
-        results = tasks.run(model, load_tokenizer(str(folder)), options)
+        measured = tasks.run(model, load_tokenizer(str(folder)), options)
+        results = [result for name in names for result in measured[name]]
         expected = lm_eval_alone(folder, own_manager, names)
         assert [result.task for result in results] == names
         for result in results:

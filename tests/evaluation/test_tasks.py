@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,14 @@ def test_a_new_kind_needs_only_its_registration(monkeypatch: pytest.MonkeyPatch)
 
         def prepare(self, options: TaskOptions) -> None: ...
 
-        def data_key(self) -> str:
-            return "constant"
+        def data_keys(self) -> dict[str, str]:
+            return {self.names[0]: "constant"}
 
-        def run(self, model: object, tokenizer: object, options: TaskOptions) -> list[TaskResult]:
-            return [result_of(0.25)]
+        def select(self, names: Sequence[str]) -> Constant:
+            return self
+
+        def run(self, model: object, tokenizer: object, options: TaskOptions) -> dict[str, list[TaskResult]]:
+            return {self.names[0]: [result_of(0.25)]}
 
     register_task("accuracy", argument="NAME")(lambda argument: Constant(f"accuracy:{argument}"))
     (task,) = parse_tasks("accuracy:boolq")
@@ -89,7 +93,7 @@ def test_text_task_is_the_perplexity_of_its_windows(tiny_llama_dir: Path, tiny_t
     options = TaskOptions(sequence_length=64, limit=3, on_progress=lambda *call: said.append(call))
     (task,) = parse_tasks(f"text:{tiny_text_file}")
     task.prepare(options)
-    (result,) = task.run(model, tokenizer, options)
+    ((result,),) = task.run(model, tokenizer, options).values()
 
     windows = evaluation_windows(tokenizer, [tiny_text_file.read_text(encoding="utf-8")], 64, 3)
     expected = perplexity(model, windows)
@@ -115,7 +119,7 @@ def test_data_key_changes_with_the_text(tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text(text)
         (task,) = parse_tasks(f"text:{tmp_path / 'a.txt'}")
         task.prepare(TaskOptions())
-        keys.append(task.data_key())
+        keys.append(task.data_keys()[task.names[0]])
     assert keys[0] == keys[1] != keys[2]
 
 

@@ -16,6 +16,8 @@ import typer
 from rrsq import __version__
 from rrsq.cli.bench import EXAMPLES as BENCH_EXAMPLES
 from rrsq.cli.bench import bench
+from rrsq.cli.compare import EXAMPLES as COMPARE_EXAMPLES
+from rrsq.cli.compare import compare
 from rrsq.cli.console import examples, show_warnings
 from rrsq.cli.errors import ErrorReportingGroup
 from rrsq.cli.eval import EXAMPLES as EVAL_EXAMPLES
@@ -54,6 +56,7 @@ def _add(name: str, command: Callable[..., None], examples_of_it: str) -> None:
 # one line here.
 _add("quantize", quantize, QUANTIZE_EXAMPLES)
 _add("eval", evaluate, EVAL_EXAMPLES)
+_add("compare", compare, COMPARE_EXAMPLES)
 _add("generate", generate, GENERATE_EXAMPLES)
 _add("inspect", inspect_checkpoint, INSPECT_EXAMPLES)
 _add("recipes", recipes, RECIPES_EXAMPLES)

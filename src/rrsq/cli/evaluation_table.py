@@ -7,10 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rrsq.cli.console import human_seconds
-from rrsq.evaluation.report import Difference, EvaluationReport, ModelReport
-from rrsq.evaluation.results import Metric
+from rrsq.evaluation.report import Difference, EvaluationReport, ModelReport, recovery_text, value_text
 
-__all__ = ["evaluation_table", "metric_cell", "recovery_cell", "short_names"]
+__all__ = ["evaluation_table", "short_names"]
 
 
 def evaluation_table(report: EvaluationReport) -> Table:
@@ -49,19 +48,6 @@ def short_names(paths: list[str]) -> dict[str, str]:
     }
 
 
-def metric_cell(metric: Metric) -> str:
-    """A value with its standard error: ``0.5423 ±0.0102``."""
-    error = "" if metric.stderr is None else f" ±{metric.stderr:.4f}"
-    return f"{metric.value:.4f}{error}"
-
-
-def recovery_cell(one: Difference) -> str:
-    """What is left of an accuracy, ``97.2 %``, or by how much a perplexity grew, ``×1.383``."""
-    if one.recovery is None:
-        return ""
-    return f"{one.recovery:.1%}".replace("%", " %") if one.metric.higher_is_better else f"×{one.recovery:.3f}"
-
-
 def _task_rows(report: EvaluationReport, task: str, names: dict[str, str]) -> list[list[str]]:
     """The rows of a task: its metrics in turn, each on all models."""
     columns: list[tuple[ModelReport, list[Difference]]] = [
@@ -76,7 +62,7 @@ def _task_rows(report: EvaluationReport, task: str, names: dict[str, str]) -> li
             one = differences[number]
             result = model.result(task)
             cells = [task if not rows else "", one.metric.name if not _repeats(rows, one) else ""]
-            cells += [names[model.model], metric_cell(one.metric)]
+            cells += [names[model.model], value_text(one.metric)]
             if report.reference is not None:
                 cells += ["", ""] if model is report.reference else _difference_cells(one)
             elif result is not None:
@@ -90,4 +76,4 @@ def _repeats(rows: list[list[str]], one: Difference) -> bool:
 
 
 def _difference_cells(one: Difference) -> list[str]:
-    return ["" if one.difference is None else f"{one.difference:+.4f}", recovery_cell(one)]
+    return ["" if one.difference is None else f"{one.difference:+.4f}", recovery_text(one)]

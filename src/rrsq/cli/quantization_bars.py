@@ -29,6 +29,7 @@ class QuantizationBars:
         """Take a step; see :data:`rrsq.checkpoint.produce.StepCallback`."""
         if not total:
             self._progress.update(self._whole, description=self._label + text)
+            self._progress.update(self._layer, visible=False)
             return
         step = (done - 1) % per_layer
         if step == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,13 +38,17 @@ class TextDivergence:
         """Load the documents; see :meth:`TextWindows.prepare`."""
         self._text.prepare(options)
 
-    def data_key(self) -> str:
+    def data_keys(self) -> dict[str, str]:
         """A digest of the documents."""
-        return self._text.data_key()
+        return {self.name: self._text.data_key()}
+
+    def select(self, names: Sequence[str]) -> TextDivergence:
+        """The task itself: it has one name."""
+        return self
 
     def run(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions
-    ) -> list[TaskResult]:
+    ) -> dict[str, list[TaskResult]]:
         """Compare the model with ``options.reference``.
 
         Raises :class:`UsageError` if there is none, its vocabulary has another size, or a window exceeds the
@@ -71,22 +76,21 @@ class TextDivergence:
         result = divergence(
             model, reference, windows, batch_size=options.batch_size or 1, on_progress=on_progress
         )
-        return [
-            TaskResult(
-                task=self.name,
-                metrics=(
-                    Metric("kl_mean", result.mean, higher_is_better=False, relative=True),
-                    Metric("kl_p99", result.percentile_99, higher_is_better=False, relative=True),
-                    Metric("top1", result.top1_agreement, higher_is_better=True, relative=True),
-                ),
-                convention=f"{window_convention(self.source, windows, options)}; KL(reference || model) in "
-                "nats of each next-token distribution, its mean and its 99th percentile over all predicted "
-                "tokens; the fraction of them whose likeliest token is the reference's.",
-                seconds=result.seconds,
-                data_fingerprint=data_fingerprint(windows),
-                details=asdict(result),
-            )
-        ]
+        measured = TaskResult(
+            task=self.name,
+            metrics=(
+                Metric("kl_mean", result.mean, higher_is_better=False, relative=True),
+                Metric("kl_p99", result.percentile_99, higher_is_better=False, relative=True),
+                Metric("top1", result.top1_agreement, higher_is_better=True, relative=True),
+            ),
+            convention=f"{window_convention(self.source, windows, options)}; KL(reference || model) in "
+            "nats of each next-token distribution, its mean and its 99th percentile over all predicted "
+            "tokens; the fraction of them whose likeliest token is the reference's.",
+            seconds=result.seconds,
+            data_fingerprint=data_fingerprint(windows),
+            details=asdict(result),
+        )
+        return {self.name: [measured]}
 
 
 @register_task("kl", argument="FILE", default="wikitext2")

@@ -22,10 +22,21 @@ from rrsq.evaluation.results import Metric, TaskResult
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Difference", "EvaluationReport", "ModelReport", "library_versions", "write_json"]
+__all__ = [
+    "Difference",
+    "EvaluationReport",
+    "ModelReport",
+    "jsonable",
+    "library_versions",
+    "recovery_text",
+    "value_text",
+    "write_json",
+    "write_text",
+]
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
 ACCURACIES = ("acc", "acc_norm")
+AVERAGE = "average"
 
 
 @dataclass(frozen=True)
@@ -89,8 +100,9 @@ class EvaluationReport:
         return self.models[0] if len(self.models) > 1 else None
 
     def tasks(self) -> list[str]:
-        """Names of all tasks that any model was measured on, in order."""
-        return list(dict.fromkeys(result.task for model in self.models for result in model.results))
+        """Names of all tasks that any model was measured on, in order; the average comes last."""
+        names = dict.fromkeys(result.task for model in self.models for result in model.results)
+        return sorted(names, key=lambda name: name == AVERAGE)
 
     def compare(self, model: ModelReport, task: str) -> list[Difference]:
         """Each metric of a task on one model, beside the reference's; without one, there is no difference."""
@@ -120,8 +132,8 @@ class EvaluationReport:
                 for model in self.models[1:]
                 for one in self.compare(model, task)
             ]
-        jsonable: dict[str, Any] = _jsonable(document)
-        return jsonable
+        plain: dict[str, Any] = jsonable(document)
+        return plain
 
 
 def _with_average(results: tuple[TaskResult, ...]) -> tuple[TaskResult, ...]:
@@ -138,7 +150,7 @@ def _with_average(results: tuple[TaskResult, ...]) -> tuple[TaskResult, ...]:
     return (
         *results,
         TaskResult(
-            task="average",
+            task=AVERAGE,
             metrics=(Metric("accuracy", average, higher_is_better=True),),
             convention=f"The mean of {names}; each counts the same.",
             seconds=0.0,
@@ -154,6 +166,18 @@ def _difference(model: str, metric: Metric, reference: TaskResult | None) -> Dif
     return Difference(model, metric, metric.value - other.value, metric.recovery(other.value))
 
 
+def value_text(metric: Metric) -> str:
+    """A value with its standard error: ``0.5423 ±0.0102``."""
+    return f"{metric.value:.4f}" + ("" if metric.stderr is None else f" ±{metric.stderr:.4f}")
+
+
+def recovery_text(one: Difference) -> str:
+    """What is left of an accuracy, ``97.2 %``, or by how much a perplexity grew, ``×1.383``; else nothing."""
+    if one.recovery is None:
+        return ""
+    return f"{100 * one.recovery:.1f} %" if one.metric.higher_is_better else f"×{one.recovery:.3f}"
+
+
 def library_versions() -> dict[str, str]:
     """Return the versions of rrsq, Python and the libraries a result depends on."""
     versions = {"rrsq": __version__, "python": platform.python_version()}
@@ -166,13 +190,18 @@ def library_versions() -> dict[str, str]:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write JSON beside ``path`` and rename it into place, so that no half-written file is ever there.
+    """Write JSON as :func:`write_text` does."""
+    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text beside ``path`` and rename it into place, so that no half-written file is ever there.
 
     Raises :class:`StorageError` if the folder cannot be written; a full disk passes as :class:`OSError`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -201,11 +230,12 @@ def _device_name(model: PreTrainedModel) -> str:
     return f"{model.device} ({torch.cuda.get_device_name(model.device)})"
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Plain data in which numbers that JSON has no word for are "Infinity", "-Infinity" and "NaN"."""
     if isinstance(value, Mapping):
-        return {key: _jsonable(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -76,5 +76,6 @@ class TaskResult:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TaskResult:
-        """Read what :meth:`to_dict` gave."""
-        return cls(**{**data, "metrics": tuple(Metric(**metric) for metric in data["metrics"])})
+        """Read what :meth:`to_dict` gave; numbers may be the words "Infinity" and "NaN"."""
+        metrics = [{**metric, "value": float(metric["value"])} for metric in data["metrics"]]
+        return cls(**{**data, "metrics": tuple(Metric(**metric) for metric in metrics)})

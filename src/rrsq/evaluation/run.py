@@ -16,7 +16,14 @@ from rrsq.evaluation.vocabulary import require_same_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["StepCallback", "check_comparison", "evaluate_models", "prepare_tasks", "run_tasks"]
+__all__ = [
+    "StepCallback",
+    "check_comparison",
+    "evaluate_models",
+    "prepare_tasks",
+    "release_memory",
+    "run_tasks",
+]
 
 StepCallback = Callable[[str, str, int, int, str], None]
 """Called with the model's path, what is done with it (a task's names, or loading), the items done and in all
@@ -87,7 +94,8 @@ def evaluate_models(
         on_step(path, "loading", 0, 0, "")
         tokenizer = load_tokenizer(path, data_root=options.data_root)
         model = load_model(path, device=device, dtype=dtype, data_root=options.data_root)
-        results = run_tasks(path, model, tokenizer, tasks, replace(options, reference=reference), on_step)
+        measured = run_tasks(path, model, tokenizer, tasks, replace(options, reference=reference), on_step)
+        results = tuple(result for several in measured.values() for result in several)
         reports.append(ModelReport.of(path, model, results))
         if keep and index == 0:
             reference = model
@@ -103,9 +111,13 @@ def run_tasks(
     tasks: Sequence[Task],
     options: TaskOptions,
     on_step: StepCallback = lambda model, doing, done, total, text: None,
-) -> tuple[TaskResult, ...]:
-    """Run prepared tasks on a loaded model; those that need a reference only where ``options`` has one."""
-    results: list[TaskResult] = []
+) -> dict[str, Sequence[TaskResult]]:
+    """Run prepared tasks on a loaded model; those that need a reference only where ``options`` has one.
+
+    Returns:
+        The results by the name that was asked for.
+    """
+    results: dict[str, Sequence[TaskResult]] = {}
     for task in tasks:
         if task.needs_reference and options.reference is None:
             continue
@@ -115,8 +127,8 @@ def run_tasks(
             on_step(path, doing, done, total, so_far)
 
         on_step(path, doing, 0, 0, "")
-        results.extend(task.run(model, tokenizer, replace(options, on_progress=on_progress)))
-    return tuple(results)
+        results.update(task.run(model, tokenizer, replace(options, on_progress=on_progress)))
+    return results
 
 
 def release_memory() -> None:

@@ -60,13 +60,19 @@ class Task(Protocol):
     def prepare(self, options: TaskOptions) -> None:
         """Fetch the data, so that a missing file is found before a model is loaded."""
 
-    def data_key(self) -> str:
-        """A digest of the data that :meth:`prepare` fetched."""
+    def data_keys(self) -> Mapping[str, str]:
+        """By name, a digest of the data that :meth:`prepare` fetched."""
+
+    def select(self, names: Sequence[str]) -> Task:
+        """This task, prepared as it is, for some of its names only."""
 
     def run(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions
-    ) -> Sequence[TaskResult]:
-        """Measure the model. Called after :meth:`prepare`, once for each model compared."""
+    ) -> Mapping[str, Sequence[TaskResult]]:
+        """Measure the model; results by name, mostly one each.
+
+        Called after :meth:`prepare`, once for each model compared.
+        """
 
 
 TaskFactory = Callable[[str], Task]

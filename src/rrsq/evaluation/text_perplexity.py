@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -36,13 +37,17 @@ class TextPerplexity:
         """Load the documents; see :meth:`TextWindows.prepare`."""
         self._text.prepare(options)
 
-    def data_key(self) -> str:
+    def data_keys(self) -> dict[str, str]:
         """A digest of the documents."""
-        return self._text.data_key()
+        return {self.name: self._text.data_key()}
+
+    def select(self, names: Sequence[str]) -> TextPerplexity:
+        """The task itself: it has one name."""
+        return self
 
     def run(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions
-    ) -> list[TaskResult]:
+    ) -> dict[str, list[TaskResult]]:
         """Measure the perplexity. Raises :class:`UsageError` if a window exceeds the model's context."""
         from rrsq.calibration.windows import data_fingerprint
         from rrsq.evaluation.perplexity import perplexity
@@ -55,17 +60,16 @@ class TextPerplexity:
                 report(done, total, f"perplexity {so_far:.2f}")
 
         result = perplexity(model, windows, batch_size=options.batch_size or 1, on_progress=on_progress)
-        return [
-            TaskResult(
-                task=self.name,
-                metrics=(Metric("perplexity", result.perplexity, higher_is_better=False),),
-                convention=f"{window_convention(self.source, windows, options)}; exp of the mean negative "
-                "log-likelihood over all predicted tokens.",
-                seconds=result.seconds,
-                data_fingerprint=data_fingerprint(windows),
-                details=asdict(result),
-            )
-        ]
+        measured = TaskResult(
+            task=self.name,
+            metrics=(Metric("perplexity", result.perplexity, higher_is_better=False),),
+            convention=f"{window_convention(self.source, windows, options)}; exp of the mean negative "
+            "log-likelihood over all predicted tokens.",
+            seconds=result.seconds,
+            data_fingerprint=data_fingerprint(windows),
+            details=asdict(result),
+        )
+        return {self.name: [measured]}
 
 
 @register_task("wikitext2")

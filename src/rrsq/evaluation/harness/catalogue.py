@@ -44,6 +44,10 @@ class PreparedTasks:
 
     entries: tuple[PreparedTask, ...]
 
+    def select(self, names: Sequence[str]) -> PreparedTasks:
+        """Those of some of the names that were asked for."""
+        return PreparedTasks(tuple(entry for entry in self.entries if entry.asked in names))
+
     def tasks(self) -> Iterator[Any]:
         """All tasks with questions of their own."""
         for entry in self.entries:

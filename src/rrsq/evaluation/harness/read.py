@@ -22,19 +22,19 @@ HEADLINES = ("acc_norm", "acc", "exact_match")
 
 def read_results(
     document: Mapping[str, Any], prepared: PreparedTasks, options: TaskOptions, seconds: float
-) -> list[TaskResult]:
-    """Return one result a task, in the order asked for; of a tag, one for each of its tasks.
+) -> dict[str, list[TaskResult]]:
+    """Return by the name asked for one result; of a tag, one for each of its tasks.
 
     The time is that of the whole call, shared among the tasks by the length of their texts.
     """
-    results: list[TaskResult] = []
+    results: dict[str, list[TaskResult]] = {entry.asked: [] for entry in prepared.entries}
     lengths = {task.task_name: _characters(task) for task in prepared.tasks()}
     in_all = max(1, sum(lengths.values()))
     for entry in prepared.entries:
         for item in entry.built:
             tasks = item.get_all_tasks() if isinstance(item, Group) else [item]
             share = sum(lengths[task.task_name] for task in tasks) / in_all
-            results += _results_of(document, entry, item, tasks, options, seconds * share)
+            results[entry.asked] += _results_of(document, entry, item, tasks, options, seconds * share)
     return results
 
 

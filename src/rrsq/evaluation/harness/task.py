@@ -9,7 +9,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rrsq.calibration.text import quiet_datasets
@@ -54,18 +54,20 @@ class HarnessTasks:
 
             self._prepared = prepare_tasks(self.names, options.data_root, options.num_fewshot)
 
-    def data_key(self) -> str:
-        """SHA-256 (hex) of all questions."""
-        digest = hashlib.sha256()
-        for task in self._ready().tasks():
-            for document in task.eval_docs:
-                digest.update(json.dumps([task.task_name, document], default=str, sort_keys=True).encode())
-        return digest.hexdigest()
+    def data_keys(self) -> dict[str, str]:
+        """By name, SHA-256 (hex) of all its questions."""
+        return {entry.asked: _digest(entry.tasks()) for entry in self._ready().entries}
+
+    def select(self, names: Sequence[str]) -> HarnessTasks:
+        """The tasks of some of the names, prepared as they are."""
+        selected = HarnessTasks(tuple(name for name in self.names if name in names))
+        selected._prepared = self._ready().select(names)
+        return selected
 
     def run(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions
-    ) -> Sequence[TaskResult]:
-        """Ask the model all questions. Returns a result a task; of a tag, one for each of its tasks."""
+    ) -> dict[str, list[TaskResult]]:
+        """Ask the model all questions. A name has one result; that of a tag, one for each of its tasks."""
         import torch
 
         prepared = self._ready()
@@ -109,6 +111,14 @@ class HarnessTasks:
         if self._prepared is None:
             raise RuntimeError("prepare() has not been called")
         return self._prepared
+
+
+def _digest(tasks: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for task in tasks:
+        for document in task.eval_docs:
+            digest.update(json.dumps([task.task_name, document], default=str, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
