@@ -104,7 +104,7 @@ def quantize(
     out = OutputOptions(output, overwrite, max_shard_size)
     report = _run(model, chosen, out, text, seed=seed, data_root=data_root, device=device)
     stdout.print(_summary(chosen, output, report))
-    print_note(f"Next: rrsq eval {output} --baseline {model}")
+    print_note(f"Next: rrsq eval {model} {output}")
 
 
 def _run(
