@@ -174,3 +174,12 @@ def tiny_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file = folder / "wikitext-2-raw-v1" / f"{split}-00000-of-00001.parquet"
         pq.write_table(pa.table({"text": rows}), file)
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_task_hub(tiny_hub: Path) -> Path:
+    """The same data root with tiny zero-shot tasks in it; see :func:`tiny_tasks.write_task_data`."""
+    from tiny_tasks import write_task_data
+
+    write_task_data(tiny_hub)
+    return tiny_hub

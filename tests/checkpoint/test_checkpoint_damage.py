@@ -136,6 +136,15 @@ def test_a_field_that_this_version_does_not_know(
     refuse(load, damaged, f"not valid at '{path}'")
 
 
+def test_a_recipe_of_a_later_version_names_that_version(load: Callable[[Path], Any], damaged: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["recipe"]["weights"]["bits"] = 2
+        config["versions"]["rrsq"] = "9.1.0"
+
+    change_config(damaged, change)
+    refuse(load, damaged, r"does not know the checkpoint's recipe 'rrs-w4a4kv4'.*wrote it \(9\.1\.0\)")
+
+
 @pytest.mark.parametrize(
     "plan",
     [

@@ -21,7 +21,10 @@ from rrsq.cli.errors import ErrorReportingGroup
 from rrsq.errors import DataError, InterruptedRunError, NonFiniteError, RRSQError, UsageError
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
-HEAVY = ("torch", "transformers", "datasets", "numpy", "pyarrow", "safetensors", "accelerate")
+HEAVY = (
+    "torch", "transformers", "datasets", "numpy", "pyarrow", "pandas", "safetensors", "accelerate", "lm_eval",
+    "sklearn", "scipy", "matplotlib",
+)  # fmt: skip
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,14 +43,28 @@ def test_help_is_quick() -> None:
     assert min(durations) < 1.5  # some 0.35 s on an idle machine
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"], ["--version"], ["eval"]])
-def test_nothing_heavy_is_imported_before_a_command_runs(arguments: list[str]) -> None:
+def test_every_command_stands_in_a_panel_and_has_examples() -> None:
+    listing = CliRunner().invoke(rrsq_app, ["--help"], env={"COLUMNS": "200"}).output
+    for panel in ("Make a 4-bit checkpoint", "Measure", "Look and use"):
+        assert f"─ {panel} ─" in listing
+    assert "─ Commands ─" not in listing
+    names = [command.name for command in rrsq_app.registered_commands]
+    assert {"quantize", "eval", "compare", "doctor"} <= set(names)
+    for name in names:
+        output = CliRunner().invoke(rrsq_app, [str(name), "--help"], env={"COLUMNS": "200"}).output
+        examples = [line.strip() for line in output.splitlines() if line.strip().startswith("$ ")]
+        assert examples
+        assert all(f"rrsq {name}" in example for example in examples)
+
+
+@pytest.mark.parametrize("command_line", ["--help", "eval --help", "compare --help", "--version", "eval"])
+def test_nothing_heavy_is_imported_before_a_command_runs(command_line: str) -> None:
     code = (
         "import sys\nfrom rrsq.cli import main\n"
         "try: main()\n"
         f"finally: print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
     )
-    assert run_python(code, *arguments).stderr.splitlines()[-1] == "[]"
+    assert run_python(code, *command_line.split()).stderr.splitlines()[-1] == "[]"
 
 
 def application(raises: Callable[[], BaseException]) -> typer.Typer:

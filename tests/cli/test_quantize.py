@@ -58,7 +58,7 @@ def test_quantized_folder_is_evaluated_beside_its_source(
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     written = json.loads(report.read_text())
-    quantized, original = (written[key]["results"][0]["value"] for key in ("model", "baseline"))
+    original, quantized = (model["results"][0]["metrics"][0]["value"] for model in written["models"])
     assert quantized != original
     assert quantized == pytest.approx(original, rel=0.5)
 
@@ -77,7 +77,10 @@ def test_generate_continues_the_prompt(checkpoint: Path) -> None:
 
 def test_recipes_lists_all_and_prints_one() -> None:
     listing = rrsq("recipes").output
-    assert all(name in listing for name in recipe_names())
+    rows = {line.split()[0]: line.split()[1:4] for line in listing.splitlines() if " " in line}
+    assert set(recipe_names()) <= set(rows)
+    assert rows["rrs-w4a4kv4"] == ["4.258", "4", "4.75"]
+    assert rows["gptq-w4a16"] == ["4.07", "16", "16"]
     printed = yaml.safe_load(rrsq("recipes", "rrs-w4a4kv4").output)
     assert printed["activations"]["smoothing"]["scope"] == "token"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,31 +15,33 @@ from rrsq.errors import DataError, StorageError, UsageError
 from rrsq.evaluation import tasks as tasks_module
 from rrsq.evaluation.perplexity import perplexity
 from rrsq.evaluation.report import EvaluationReport, ModelReport, write_json
-from rrsq.evaluation.tasks import TaskOptions, TaskResult, parse_tasks, register_task, task_kinds
+from rrsq.evaluation.results import Metric, TaskResult
+from rrsq.evaluation.tasks import TaskOptions, parse_tasks, register_task, task_kinds
 
 
-def result_of(value: float, *, fingerprint: str = "same") -> TaskResult:
-    return TaskResult("wikitext2", "perplexity", value, False, "A convention.", 1.5, fingerprint, {"n": 3})
+def result_of(value: float, *, task: str = "wikitext2", metric: str = "perplexity") -> TaskResult:
+    metrics = (Metric(metric, value, higher_is_better=metric != "perplexity", stderr=0.5),)
+    return TaskResult(task, metrics, "A convention.", 1.5, "same", {"n": 3})
 
 
-def report_of(value: float, baseline: float, **baseline_fields: str) -> EvaluationReport:
+def report_of(reference: float, value: float, **options: str) -> EvaluationReport:
     reports = [
-        ModelReport(name, "cpu", "float32", None, (result,))
-        for name, result in (("out", result_of(value)), ("in", result_of(baseline, **baseline_fields)))
+        ModelReport(name, "cpu", "float32", None, (result_of(number, **options),))
+        for name, number in (("in", reference), ("out", value))
     ]
-    return EvaluationReport(*reports, versions={"rrsq": "1"})
+    return EvaluationReport(tuple(reports), versions={"rrsq": "1"})
 
 
 def test_names_are_read_in_order_and_once() -> None:
     parsed = parse_tasks("text:a.txt, wikitext2,wikitext2,text:someone/prose:hard")
-    assert [task.name for task in parsed] == ["text:a.txt", "wikitext2", "text:someone/prose:hard"]
+    assert [task.names for task in parsed] == [("text:a.txt",), ("wikitext2",), ("text:someone/prose:hard",)]
 
 
 @pytest.mark.parametrize(
     ("specification", "message"),
     [
-        ("wikitxt2", r"no task 'wikitxt2'\. Did you mean 'wikitext2'\? Known tasks: wikitext2, text:FILE"),
-        ("wikitext2,tex:a.txt", "Did you mean 'text'"),
+        ("tex:a.txt", r"no task 'tex:a.txt'\. Did you mean 'text'\? Known tasks: wikitext2, text:FILE, kl"),
+        ("kl:", r"write kl\[:FILE\]"),
         ("text", "write text:FILE"),
         ("text:", "write text:FILE"),
         ("wikitext2:test", "write wikitext2"),
@@ -54,19 +57,27 @@ def test_a_new_kind_needs_only_its_registration(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tasks_module, "_REGISTRY", dict(task_kinds()))
 
     class Constant:
+        needs_reference = False
+
         def __init__(self, name: str) -> None:
-            self.name = name
+            self.names = (name,)
 
         def prepare(self, options: TaskOptions) -> None: ...
 
-        def run(self, model: object, tokenizer: object, options: TaskOptions) -> TaskResult:
-            return result_of(0.25)
+        def data_keys(self) -> dict[str, str]:
+            return {self.names[0]: "constant"}
+
+        def select(self, names: Sequence[str]) -> Constant:
+            return self
+
+        def run(self, model: object, tokenizer: object, options: TaskOptions) -> dict[str, list[TaskResult]]:
+            return {self.names[0]: [result_of(0.25)]}
 
     register_task("accuracy", argument="NAME")(lambda argument: Constant(f"accuracy:{argument}"))
     (task,) = parse_tasks("accuracy:boolq")
-    assert task.name == "accuracy:boolq"
+    assert task.names == ("accuracy:boolq",)
     with pytest.raises(UsageError, match="accuracy:NAME"):
-        parse_tasks("acc")
+        parse_tasks("acc:boolq")
 
 
 def test_missing_file_is_found_before_a_model_is_needed(tmp_path: Path) -> None:
@@ -82,11 +93,11 @@ def test_text_task_is_the_perplexity_of_its_windows(tiny_llama_dir: Path, tiny_t
     options = TaskOptions(sequence_length=64, limit=3, on_progress=lambda *call: said.append(call))
     (task,) = parse_tasks(f"text:{tiny_text_file}")
     task.prepare(options)
-    result = task.run(model, tokenizer, options)
+    ((result,),) = task.run(model, tokenizer, options).values()
 
     windows = evaluation_windows(tokenizer, [tiny_text_file.read_text(encoding="utf-8")], 64, 3)
     expected = perplexity(model, windows)
-    assert result.value == result.details["perplexity"] == expected.perplexity
+    assert result.headline.value == result.details["perplexity"] == expected.perplexity
     assert result.details["num_tokens"] == 3 * 63
     assert result.data_fingerprint == data_fingerprint(windows)
     assert "first 3 consecutive windows of 64 tokens" in result.convention
@@ -102,21 +113,64 @@ def test_window_beyond_the_context_is_a_usage_error(tiny_llama_dir: Path, tiny_t
         task.run(model, AutoTokenizer.from_pretrained(tiny_llama_dir), options)
 
 
-def test_ratio_and_comparability() -> None:
-    report = report_of(12.0, 10.0)
-    assert report.ratio("wikitext2") == pytest.approx(1.2)
-    assert report.compares_same_data("wikitext2")
-    assert not report_of(12.0, 10.0, fingerprint="other").compares_same_data("wikitext2")
-    assert EvaluationReport(report.model).ratio("wikitext2") is None
+def test_data_key_changes_with_the_text(tmp_path: Path) -> None:
+    keys = []
+    for text in ("one two", "one two", "one tow"):
+        (tmp_path / "a.txt").write_text(text)
+        (task,) = parse_tasks(f"text:{tmp_path / 'a.txt'}")
+        task.prepare(TaskOptions())
+        keys.append(task.data_keys()[task.names[0]])
+    assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize(
+    ("metric", "reference", "value", "difference", "recovery"),
+    [("perplexity", 10.0, 12.0, 2.0, 1.2), ("acc", 0.5, 0.4, -0.1, 0.8), ("acc", 0.0, 0.4, 0.4, None)],
+)
+def test_difference_and_recovery(
+    metric: str, reference: float, value: float, difference: float, recovery: float | None
+) -> None:
+    report = report_of(reference, value, metric=metric)
+    (one,) = report.compare(report.models[1], "wikitext2")
+    assert one.difference == pytest.approx(difference)
+    assert one.recovery == (None if recovery is None else pytest.approx(recovery))
+    alone = EvaluationReport(report.models[:1])
+    assert alone.compare(alone.models[0], "wikitext2")[0].difference is None
+
+
+def test_a_divergence_has_no_recovery() -> None:
+    assert Metric("kl_mean", 0.2, higher_is_better=False, relative=True).recovery(0.1) is None
+
+
+def test_average_is_over_the_headline_accuracies() -> None:
+    results = (
+        result_of(21.0),
+        result_of(0.25, task="a", metric="acc_norm"),
+        result_of(0.5, task="b", metric="acc"),
+    )
+    model = ModelReport("in", "cpu", "float32", None, results)
+    average = EvaluationReport.of([model]).models[0].result("average")
+    assert average is not None
+    assert average.headline.value == 0.375
+    assert "a (acc_norm), b (acc)" in average.convention
+    alone = ModelReport("in", "cpu", "float32", None, results[:2])
+    assert EvaluationReport.of([alone]).tasks() == ["wikitext2", "a"]
+
+
+def test_results_survive_json() -> None:
+    result = result_of(0.25, metric="acc")
+    assert TaskResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 
 def test_report_is_json_even_of_broken_numbers(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
-    write_json(file, report_of(math.nan, math.inf).to_dict())
+    write_json(file, report_of(math.inf, math.nan).to_dict())
     document = json.loads(file.read_text(), parse_constant=pytest.fail)
-    assert document["model"]["results"][0]["value"] == "NaN"
-    assert document["baseline"]["results"][0]["value"] == "Infinity"
-    assert document["model"]["results"][0]["n"] == 3
+    values = [model["results"][0]["metrics"][0]["value"] for model in document["models"]]
+    assert values == ["Infinity", "NaN"]
+    assert document["models"][0]["results"][0]["details"] == {"n": 3}
+    assert document["reference"] == "in"
+    assert document["comparison"][0]["recovery"] == "NaN"
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -26,7 +26,7 @@ from rrsq.errors import DataError, did_you_mean
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["DATA_ROOT_VARIABLE", "DatasetId", "load_documents", "resolve_data_root"]
+__all__ = ["DATA_ROOT_VARIABLE", "DatasetId", "load_documents", "quiet_datasets", "resolve_data_root"]
 
 DATA_ROOT_VARIABLE = "RRSQ_DATA_ROOT"
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -107,7 +107,7 @@ def _load_file(path: Path) -> Dataset:
         ".parquet": lambda: Dataset.from_parquet(pattern),
     }
     try:
-        with _quiet_datasets():
+        with quiet_datasets():
             return readers[suffix]()
     except Exception as error:
         _raise_if_disk_full(error)
@@ -121,7 +121,7 @@ def _load_dataset(dataset_id: DatasetId, split: str, data_root: Path | None) -> 
     folder = data_root / dataset_id.name if data_root else None
     is_local = folder is not None and folder.is_dir()
     try:
-        with _quiet_datasets():
+        with quiet_datasets():
             return load_dataset(str(folder) if is_local else dataset_id.name, dataset_id.config, split=split)
     except (ValueError, DatasetNotFoundError) as error:
         where = f"in {folder}" if is_local else "on the Hub"
@@ -172,7 +172,7 @@ def _text_column(dataset: Dataset, source: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_datasets() -> Iterator[None]:
+def quiet_datasets() -> Iterator[None]:
     """Switch the progress bars of ``datasets`` off, and back to what they were."""
     import datasets
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .. import __version__
 from ..errors import CheckpointError, HadamardOrderError
 from ..recipe import Recipe
 from ..rotation.hadamard import HadamardPlan
@@ -117,7 +118,8 @@ def parse_info(data: dict[str, Any]) -> CheckpointInfo:
     """Validate a ``quantization_config``.
 
     Raises:
-        CheckpointError: an unknown format version, or fields this version does not understand.
+        CheckpointError: an unknown format version, a recipe that this rrsq does not know, or fields that are
+            not valid.
     """
     version = data.get("format_version")
     if version != FORMAT_VERSION:
@@ -130,6 +132,19 @@ def parse_info(data: dict[str, Any]) -> CheckpointInfo:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(key) for key in problem["loc"])
+        if len(problem["loc"]) > 1 and problem["loc"][0] == "recipe":
+            raise CheckpointError(_unknown_recipe(data, where, problem["msg"])) from error
         raise CheckpointError(
             f"quantization_config of the checkpoint is not valid at '{where}': {problem['msg']}."
         ) from error
+
+
+def _unknown_recipe(data: dict[str, Any], where: str, message: str) -> str:
+    """Say which part of a recipe is not known, and which rrsq knows it."""
+    recipe, versions = data["recipe"], data.get("versions")
+    name = recipe.get("name", "custom") if isinstance(recipe, dict) else "custom"
+    writer = versions.get("rrsq", "a later version") if isinstance(versions, dict) else "a later version"
+    return (
+        f"This rrsq ({__version__}) does not know the checkpoint's recipe '{name}': it is not valid at"
+        f" '{where}': {message}. Install the rrsq that wrote it ({writer}), or quantize the model again."
+    )

@@ -16,7 +16,11 @@ import typer
 from rrsq import __version__
 from rrsq.cli.bench import EXAMPLES as BENCH_EXAMPLES
 from rrsq.cli.bench import bench
+from rrsq.cli.compare import EXAMPLES as COMPARE_EXAMPLES
+from rrsq.cli.compare import compare
 from rrsq.cli.console import examples, show_warnings
+from rrsq.cli.doctor import EXAMPLES as DOCTOR_EXAMPLES
+from rrsq.cli.doctor import doctor
 from rrsq.cli.errors import ErrorReportingGroup
 from rrsq.cli.eval import EXAMPLES as EVAL_EXAMPLES
 from rrsq.cli.eval import evaluate
@@ -41,26 +45,35 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=examples(
         "rrsq quantize HuggingFaceTB/SmolLM2-135M -o out/",
-        "rrsq eval out/ --baseline HuggingFaceTB/SmolLM2-135M --limit 24",
+        "rrsq eval HuggingFaceTB/SmolLM2-135M out/ --tasks wikitext2,kl,arc_e --limit 24",
+        'rrsq generate out/ "The capital of France is"',
     ),
 )
 
 
-def _add(name: str, command: Callable[..., None], examples_of_it: str) -> None:
+# Panels of the list of commands.
+MAKE = "Make a 4-bit checkpoint"
+MEASURE = "Measure"
+LOOK = "Look and use"
+
+
+def _add(name: str, command: Callable[..., None], examples_of_it: str, panel: str = MAKE) -> None:
     """Register a command; its docstring is its help, with the line breaks inside paragraphs taken out."""
     text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(command) or "")
-    app.command(name, help=text, epilog=examples_of_it)(command)
+    app.command(name, help=text, epilog=examples_of_it, rich_help_panel=panel)(command)
 
 
 # The commands, in the order of the help. To add one, import its function and its examples above, and give it
 # one line here.
 _add("quantize", quantize, QUANTIZE_EXAMPLES)
-_add("eval", evaluate, EVAL_EXAMPLES)
-_add("generate", generate, GENERATE_EXAMPLES)
-_add("inspect", inspect_checkpoint, INSPECT_EXAMPLES)
 _add("recipes", recipes, RECIPES_EXAMPLES)
 _add("models", models, MODELS_EXAMPLES)
-_add("bench", bench, BENCH_EXAMPLES)
+_add("eval", evaluate, EVAL_EXAMPLES, MEASURE)
+_add("compare", compare, COMPARE_EXAMPLES, MEASURE)
+_add("bench", bench, BENCH_EXAMPLES, MEASURE)
+_add("generate", generate, GENERATE_EXAMPLES, LOOK)
+_add("inspect", inspect_checkpoint, INSPECT_EXAMPLES, LOOK)
+_add("doctor", doctor, DOCTOR_EXAMPLES, LOOK)
 
 
 def _print_version(requested: bool) -> None:

@@ -3,45 +3,57 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rrsq.cli.console import examples, print_note, print_warning, progress_bar, quiet_libraries, stdout
-from rrsq.cli.options import DATA, HARDWARE, OUTPUT, DataRoot, Device, DeviceName, DtypeName, resolve_device
+from rrsq.cli.evaluation_bars import EvaluationBars
+from rrsq.cli.options import (
+    DATA,
+    HARDWARE,
+    OUTPUT,
+    BatchSize,
+    DataRoot,
+    Device,
+    DeviceName,
+    DtypeName,
+    parse_batch_size,
+    resolve_device,
+)
 from rrsq.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from rrsq.evaluation.report import EvaluationReport
 
-    from rich.progress import Progress, TaskID
-
-    from rrsq.evaluation.report import EvaluationReport, ModelReport
-    from rrsq.evaluation.tasks import Task, TaskOptions
-
-__all__ = ["EXAMPLES", "evaluate"]
+__all__ = ["EXAMPLES", "evaluate", "print_report"]
 
 EXAMPLES = examples(
-    "rrsq eval out/ --tasks wikitext2 --baseline HuggingFaceTB/SmolLM2-135M --limit 24",
-    "rrsq eval out/ --tasks wikitext2,text:notes.txt --data-root ~/data --json result.json",
+    "rrsq eval HuggingFaceTB/SmolLM2-135M out/ --tasks wikitext2,kl,arc_e,arc_c,boolq,obqa",
+    "rrsq eval out/ --tasks hellaswag,mmlu --num-fewshot 5 --limit 100",
+    "rrsq eval model/ w4a8/ w4a4/ --tasks wikitext2,text:notes.txt --data-root ~/data --json result.json",
 )
 
 
 def evaluate(
-    model: Annotated[
-        str,
+    models: Annotated[
+        list[str],
         typer.Argument(
-            metavar="MODEL", help="A quantized checkpoint, a local Hugging Face folder, or a Hub id."
+            metavar="MODEL...",
+            help="Quantized checkpoints, local Hugging Face folders, or Hub ids. With several, the first is "
+            "the reference that the others are compared with: name the full-precision model first.",
         ),
     ],
     tasks: Annotated[
         str,
         typer.Option(
             metavar="TASK[,TASK...]",
-            help="What to measure. wikitext2: perplexity on the test split of WikiText-2. text:FILE: "
-            "perplexity on a .txt, .jsonl or .parquet file, or on a Hub data set (text:org/name:config).",
+            help="What to measure. [bold]wikitext2[/bold]: perplexity on the test split of WikiText-2. "
+            "[bold]text:FILE[/bold]: perplexity on a .txt, .jsonl or .parquet file, or on a Hub data set "
+            "(text:org/name:config). [bold]kl[/bold] or [bold]kl:FILE[/bold]: divergence of the next-token "
+            "probabilities from the reference's, on WikiText-2 or a file. [bold]arc_e arc_c boolq obqa piqa "
+            "winogrande hellaswag lambada mmlu[/bold], or any other name that lm-eval knows: its tasks.",
             rich_help_panel=DATA,
         ),
     ] = "wikitext2",
@@ -49,16 +61,24 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="A second model to measure on the same data and to set the first in ratio to, usually the "
-            "one that was quantized.",
+            help="The reference, if the first MODEL is not to be it; the same as naming it first.",
         ),
     ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Only the first so many windows: quicker, and to be compared only with runs of the same "
-            "limit. Without it, all.",
+            help="Only the first so many windows of a text, and the first so many questions of each task (of "
+            "each subject of mmlu): quicker, and to be compared only with runs of the same limit. Without "
+            "it, all.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Solved examples before each question. Without it, what lm-eval's task says: mostly none.",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -71,9 +91,7 @@ def evaluate(
         ),
     ] = 2048,
     data_root: DataRoot = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Windows to run at a time.", rich_help_panel=HARDWARE)
-    ] = 1,
+    batch_size: BatchSize = "auto",
     device: Device = DeviceName.AUTO,
     dtype: Annotated[
         DtypeName,
@@ -93,84 +111,65 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure a model, quantized or not: perplexity the standard way.
+    """Measure models, quantized or not, and what quantization cost.
 
-    The text is cut into consecutive windows of 2048 tokens, each is run on its own, and the perplexity is exp
-    of the mean negative log-likelihood of all tokens but each window's first. Lower is better. A baseline
-    beside it says what the quantization cost.
+    Perplexity the standard way: the text is cut into consecutive windows of 2048 tokens, each is run on its
+    own, and the perplexity is exp of the mean negative log-likelihood of all tokens but each window's first;
+    lower is better. Zero-shot and few-shot tasks are lm-eval's, with its prompts and metrics.
+
+    With several models, the recovery is what is left of the reference's accuracy (100 % is nothing lost), or
+    by how much its perplexity grew (×1 is nothing lost).
     """
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise UsageError(f"--json {json_path}: there is no folder '{json_path.parent}'.")
+    size = parse_batch_size(batch_size)
 
     from rrsq.evaluation.report import EvaluationReport, write_json
+    from rrsq.evaluation.run import check_comparison, evaluate_models, prepare_tasks
     from rrsq.evaluation.tasks import TaskOptions, parse_tasks
 
     options = TaskOptions(
-        sequence_length=sequence_length, limit=limit, batch_size=batch_size, data_root=data_root
+        sequence_length=sequence_length,
+        limit=limit,
+        batch_size=size,
+        num_fewshot=num_fewshot,
+        data_root=data_root,
     )
+    compared = models if baseline is None else [baseline, *models]
     parsed = parse_tasks(tasks)
-    for task in parsed:
-        task.prepare(options)
-    device_name = resolve_device(device)
     quiet_libraries()
     with progress_bar() as progress:
-        reports = [
-            _measure(path, parsed, options, device_name, dtype.value, progress)
-            for path in (model, baseline)
-            if path is not None
-        ]
-    report = EvaluationReport(reports[0], reports[1] if baseline is not None else None)
-    _print_report(report)
+        bars = EvaluationBars(progress)
+        bars.say("finding tasks and their data")
+        prepare_tasks(parsed, options)
+        check_comparison(compared, parsed, options)
+        reports = evaluate_models(
+            compared, parsed, options, device=resolve_device(device), dtype=dtype.value, on_step=bars.show
+        )
+        bars.finish()
+    report = EvaluationReport.of(reports)
+    print_report(report)
     if json_path is not None:
         write_json(json_path, report.to_dict())
         print_note(f"Wrote {json_path}")
 
 
-def _measure(
-    path: str, tasks: list[Task], options: TaskOptions, device: str, dtype: str, progress: Progress
-) -> ModelReport:
-    """Load a model, run the tasks on it, and let it go."""
-    from rrsq.checkpoint.loading import load_model, load_tokenizer
-    from rrsq.evaluation.report import ModelReport
-
-    name = _short_name(path)
-    bar = progress.add_task(f"{name}: loading", total=None)
-    tokenizer = load_tokenizer(path, data_root=options.data_root)
-    model = load_model(path, device=device, dtype=dtype, data_root=options.data_root)
-    results = []
-    for number, task in enumerate(tasks):
-        if number:
-            bar = progress.add_task("", total=None)
-        progress.reset(bar, total=None, description=f"{name}: {task.name}")
-
-        show = _progress_callback(progress, bar, f"{name}: {task.name}")
-        results.append(task.run(model, tokenizer, replace(options, on_progress=show)))
-    return ModelReport.of(path, model, tuple(results))
-
-
-def _progress_callback(progress: Progress, bar: TaskID, label: str) -> Callable[[int, int, str], None]:
-    def show(done: int, total: int, so_far: str) -> None:
-        progress.update(bar, completed=done, total=total, description=f"{label}, {so_far}")
-
-    return show
-
-
-def _short_name(path: str) -> str:
-    return Path(path).name or path
-
-
-def _print_report(report: EvaluationReport) -> None:
-    from rrsq.cli.evaluation_table import evaluation_table
+def print_report(report: EvaluationReport) -> None:
+    """Print the table, how each number was computed, and a warning for each that is no number."""
+    from rrsq.cli.evaluation_table import evaluation_table, short_names
 
     stdout.print(evaluation_table(report))
-    for result in report.model.results:
-        print_note(f"{result.task}: {result.convention}")
-        if not report.compares_same_data(result.task):
-            print_warning(
-                f"{result.task}: the two models tokenize the text differently, so their perplexities per "
-                "token do not compare."
-            )
-    for measured in (report.model, *([report.baseline] if report.baseline else [])):
-        for result in measured.results:
-            if not math.isfinite(result.value):
-                print_warning(f"{measured.model}: {result.task} gave {result.value}; its logits are broken.")
+    conventions = {result.task: result.convention for model in report.models for result in model.results}
+    for task, convention in conventions.items():
+        print_note(f"{task}: {convention}")
+    if report.reference is not None:
+        name = short_names([model.model for model in report.models])[report.reference.model]
+        print_note(
+            f"recovery: accuracy over that of {name} (100 % is nothing lost); ×: perplexity over that of "
+            f"{name} (×1 is nothing lost, more is worse)."
+        )
+    for model in report.models:
+        for result in model.results:
+            for metric in result.metrics:
+                if not math.isfinite(metric.value):
+                    print_warning(f"{model.model}: {result.task} gave {metric.value}; its logits are broken.")

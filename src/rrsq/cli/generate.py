@@ -7,10 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from rrsq.cli.console import examples, quiet_libraries
-from rrsq.cli.options import Device, DeviceName, resolve_device
+from rrsq.cli.options import DataRoot, Device, DeviceName, resolve_device
 
 __all__ = ["EXAMPLES", "generate"]
 
+SAMPLING = "Sampling"
 EXAMPLES = examples(
     'rrsq generate out/ "The capital of France is"', 'rrsq generate out/ "Write a haiku." --chat'
 )
@@ -21,14 +22,22 @@ def generate(
         str, typer.Argument(metavar="MODEL", help="A checkpoint, a Hugging Face folder, or a Hub id.")
     ],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest token each time; higher is more varied.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")
     ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to generate at most.", rich_help_panel=SAMPLING)
+    ] = 64,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="0 takes the likeliest token each time; higher is more varied.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.", rich_help_panel=SAMPLING)] = 0,
+    data_root: DataRoot = None,
     device: Device = DeviceName.AUTO,
 ) -> None:
     """Continue a prompt; the text appears as it is generated."""
@@ -40,10 +49,12 @@ def generate(
 
     device_name = resolve_device(device)
     quiet_libraries()
-    tokenizer: Any = load_tokenizer(model)
+    tokenizer: Any = load_tokenizer(model, data_root)
     if chat and not tokenizer.chat_template:
-        raise UsageError(f"'{model}' has no chat template. Leave out --chat.")
-    loaded: Any = load_model(model, device=device_name)
+        raise UsageError(
+            f"The tokenizer of '{model}' has no chat template, as base models have none. Leave out --chat."
+        )
+    loaded: Any = load_model(model, device=device_name, data_root=data_root)
     if chat:
         messages = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(

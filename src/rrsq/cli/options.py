@@ -10,7 +10,18 @@ import typer
 
 from rrsq.errors import UsageError
 
-__all__ = ["DATA", "HARDWARE", "OUTPUT", "DataRoot", "Device", "DeviceName", "DtypeName", "resolve_device"]
+__all__ = [
+    "DATA",
+    "HARDWARE",
+    "OUTPUT",
+    "BatchSize",
+    "DataRoot",
+    "Device",
+    "DeviceName",
+    "DtypeName",
+    "parse_batch_size",
+    "resolve_device",
+]
 
 # Panels of the help text.
 DATA = "Data"
@@ -48,6 +59,25 @@ Device = Annotated[
     DeviceName,
     typer.Option(help="Where to compute. auto takes the GPU if there is one.", rich_help_panel=HARDWARE),
 ]
+
+BatchSize = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|N",
+        help="Windows or questions to run at a time. auto: one window, and as many questions as surely fit "
+        "into the memory that is free.",
+        rich_help_panel=HARDWARE,
+    ),
+]
+
+
+def parse_batch_size(text: str) -> int | None:
+    """Return the number, or None for ``auto``. Raises :class:`UsageError` for anything else."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--batch-size {text}: expected a positive number or auto.")
+    return int(text)
 
 
 def resolve_device(device: DeviceName) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -18,10 +18,11 @@ from rrsq.cli.console import (
     stdout,
 )
 from rrsq.cli.options import DATA, OUTPUT, DataRoot, Device, DeviceName, resolve_device
-from rrsq.errors import UsageError
+from rrsq.cli.quantization_bars import QuantizationBars
 
 if TYPE_CHECKING:
     from rrsq.checkpoint.format import CheckpointInfo
+    from rrsq.checkpoint.produce import CalibrationText, OutputOptions
     from rrsq.quantization.report import QuantizationReport
     from rrsq.recipe import Recipe
 
@@ -96,106 +97,54 @@ def quantize(
     packed. OUT is an ordinary Hugging Face folder that loads with AutoModelForCausalLM once rrsq is imported;
     it appears whole or not at all.
     """
+    from rrsq.checkpoint.loading import read_info
+    from rrsq.checkpoint.produce import CalibrationText, OutputOptions
     from rrsq.recipe import load_recipe
 
     chosen = load_recipe(recipe, assignments or ())
-    _run(
-        model,
-        output,
-        chosen,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-        calibration_data=calibration_data,
-        num_samples=num_samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        data_root=data_root,
-        device=device,
-    )
+    text = CalibrationText(calibration_data, num_samples, sequence_length, seed)
+    out = OutputOptions(output, overwrite, max_shard_size)
+    report = _run(model, chosen, out, text, seed=seed, data_root=data_root, device=device)
+    stdout.print(_summary(read_info(output), output, report))
+    print_note(f"Next: rrsq eval {model} {output}")
 
 
 def _run(
-    model_path: str,
-    output: Path,
+    model: str,
     recipe: Recipe,
+    output: OutputOptions,
+    text: CalibrationText,
     *,
-    overwrite: bool,
-    max_shard_size: str,
-    calibration_data: str,
-    num_samples: int,
-    sequence_length: int,
     seed: int,
     data_root: Path | None,
     device: DeviceName,
-) -> None:
-    from rrsq.calibration.text import load_documents
-    from rrsq.calibration.windows import calibration_windows, data_fingerprint
-    from rrsq.checkpoint.format import CalibrationInfo
-    from rrsq.checkpoint.loading import load_model, load_tokenizer
-    from rrsq.checkpoint.writer import check_output, check_space, checkpoint_info, write_checkpoint
-    from rrsq.quantization.memory import least_checkpoint_bytes
-    from rrsq.quantization.pipeline import needs_calibration, quantize_model
+) -> QuantizationReport:
+    from rrsq.checkpoint.loading import load_tokenizer
+    from rrsq.checkpoint.produce import check_source, load_calibration, produce_checkpoint
+    from rrsq.checkpoint.writer import check_output
+    from rrsq.quantization.pipeline import needs_calibration
 
-    check_output(output, overwrite=overwrite)
+    check_output(output.folder, overwrite=output.overwrite)
     quiet_libraries()
     device_name = resolve_device(device)
-    _check_source(model_path, data_root)
+    check_source(model, data_root)
     with progress_bar() as progress:
-        bar = progress.add_task("tokenizer and calibration text", total=None)
-        tokenizer = load_tokenizer(model_path, data_root)
-        windows, calibration = None, None
-        if needs_calibration(recipe):
-            documents = load_documents(calibration_data, split="train", data_root=data_root)
-            windows = calibration_windows(tokenizer, documents, num_samples, sequence_length, seed)
-            calibration = CalibrationInfo(
-                source=calibration_data,
-                num_samples=windows.shape[0],
-                sequence_length=windows.shape[1],
-                fingerprint=data_fingerprint(windows),
-            )
-        progress.update(bar, description="loading the model")
-        model: Any = load_model(model_path, device="cpu", data_root=data_root)
-        check_space(output, least_checkpoint_bytes(model, recipe))
-        progress.update(bar, description="quantizing", total=1)
-        layers = model.config.num_hidden_layers
-        layer_bar = progress.add_task("layer", total=None)
-
-        def show(done: int, total: int, text: str) -> None:
-            steps = total // layers
-            step = (done - 1) % steps
-            if step == 0:
-                progress.reset(layer_bar, total=steps)
-            progress.update(layer_bar, completed=step + 1, description=text)
-            progress.update(bar, completed=done, total=total)
-
-        quantized = quantize_model(model, recipe, windows, seed=seed, device=device_name, progress=show)
-        progress.update(bar, description="writing the checkpoint")
-        info = checkpoint_info(
-            quantized,
+        bars = QuantizationBars(progress, "tokenizer and calibration text")
+        tokenizer = load_tokenizer(model, data_root)
+        calibration = load_calibration(tokenizer, text, data_root) if needs_calibration(recipe) else None
+        report = produce_checkpoint(
+            model,
+            recipe,
+            output,
+            tokenizer,
+            calibration,
             seed=seed,
-            source_model=model_path.rstrip("/").rsplit("/", 1)[-1],
-            calibration=calibration,
+            device=device_name,
+            data_root=data_root,
+            on_step=bars.show,
         )
-        write_checkpoint(
-            quantized, tokenizer, info, output, overwrite=overwrite, max_shard_size=max_shard_size
-        )
-        progress.update(bar, description="done")
-    stdout.print(_summary(info, output, quantized.report))
-    print_note(f"Next: rrsq eval {output} --baseline {model_path}")
-
-
-def _check_source(model_path: str, data_root: Path | None) -> None:
-    """Refuse a model that cannot be quantized before anything large is read."""
-    from rrsq.checkpoint.loading import load_config
-    from rrsq.models import family_for
-
-    config = load_config(model_path, data_root)
-    family_for(config)
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method is not None and not model_path.endswith(".gguf"):
-        raise UsageError(
-            f"'{model_path}' is quantized already ({method}). Quantize the original model, in 16 or 32 bits."
-        )
+        bars.finish()
+    return report
 
 
 def _summary(info: CheckpointInfo, output: Path, report: QuantizationReport) -> Table:

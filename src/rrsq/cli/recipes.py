@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from rrsq.cli.console import examples, stdout
+from rrsq.cli.console import examples, print_note, stdout
 
 __all__ = ["EXAMPLES", "recipes"]
 
@@ -19,7 +20,12 @@ def recipes(
         str | None, typer.Argument(metavar="[NAME]", help="Print this recipe in full, as YAML to start from.")
     ] = None,
 ) -> None:
-    """List the named recipes, or print one as YAML."""
+    """List the named recipes with what they cost in bits, or print one as YAML.
+
+    Bits of weights, activations and the KV cache. Those of weights and cache count scales, multipliers and
+    minima: of a linear with 4096 inputs, and the mean of keys and values.
+    """
+    from rrsq.bits import activation_bits, cache_bits, weight_bits
     from rrsq.recipe import load_recipe, recipe_names
 
     if name is not None:
@@ -27,15 +33,14 @@ def recipes(
 
         typer.echo(yaml.safe_dump(load_recipe(name).model_dump(mode="json"), sort_keys=False), nl=False)
         return
-    table = Table("recipe", "weights", "activations", "KV cache", "what it is")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), expand=True)
+    table.add_column("recipe", no_wrap=True)
+    for column in ("weights", "activations", "cache"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("what it is", no_wrap=True, overflow="ellipsis", ratio=1)
     for entry in recipe_names():
         recipe = load_recipe(entry)
-        cache = "16 bits" if recipe.kv_cache is None else f"{recipe.kv_cache.keys.bits} bits"
-        table.add_row(
-            recipe.name,
-            f"{recipe.weights.bits} bits",
-            f"{recipe.activations.bits} bits",
-            cache,
-            recipe.description,
-        )
+        bits = (weight_bits(recipe), activation_bits(recipe), cache_bits(recipe))
+        table.add_row(recipe.name, *(f"{number:.4g}" for number in bits), recipe.description)
     stdout.print(table)
+    print_note("Numbers are bits, scales included; 'rrsq recipes NAME' prints a recipe in full.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,15 +17,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from rrsq.evaluation.logits import LOGITS_PER_CHUNK, logit_chunks
+
 __all__ = ["PerplexityResult", "ProgressCallback", "perplexity"]
 
 ProgressCallback = Callable[[int, int, float], None]
 """Called after each batch with the windows done, the windows in all, and the perplexity so far."""
-
-# 2**25 float32 logits are 128 MiB: 220 positions of a 152k vocabulary at a time.
-LOGITS_PER_CHUNK = 2**25
-# Families that change the head's output (Gemma 2, Cohere, Granite, Falcon-H1) need their own forward.
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def perplexity(
     done = 0
     for batch in windows.split(batch_size):
         token_ids = batch.to(model.get_input_embeddings().weight.device)
-        for logits, targets in _logit_chunks(model, token_ids, logits_per_chunk):
+        for logits, targets in logit_chunks(model, token_ids, logits_per_chunk):
             losses = cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
             total += losses.double().sum().item()
         done += len(batch)
@@ -83,33 +80,6 @@ def perplexity(
         num_tokens=num_tokens,
         seconds=time.perf_counter() - started,
     )
-
-
-def _logit_chunks(
-    model: PreTrainedModel, token_ids: Tensor, logits_per_chunk: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits ``[positions, vocabulary]`` and the tokens they predict ``[positions]``, in chunks."""
-    targets = token_ids[:, 1:].flatten()
-    head = model.get_output_embeddings()
-    if head is None or _transforms_logits(model):
-        logits = model(input_ids=token_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        positions = _positions_per_chunk(logits_per_chunk, logits.shape[-1])
-        yield from zip(logits.split(positions), targets.split(positions), strict=True)
-        return
-    hidden = model.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state
-    hidden = hidden[:, :-1].flatten(0, 1)
-    positions = _positions_per_chunk(logits_per_chunk, model.config.get_text_config().vocab_size)
-    for rows, predicted in zip(hidden.split(positions), targets.split(positions), strict=True):
-        yield head(rows), predicted
-
-
-def _positions_per_chunk(logits_per_chunk: int, vocabulary_size: int) -> int:
-    return max(1, logits_per_chunk // vocabulary_size)
-
-
-def _transforms_logits(model: PreTrainedModel) -> bool:
-    config = model.config.get_text_config()
-    return any(getattr(config, name, None) is not None for name in LOGIT_TRANSFORMS)
 
 
 def _exp(mean_nll: float) -> float:

@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrsq import __version__
 from rrsq.errors import StorageError
-from rrsq.evaluation.tasks import TaskResult
+from rrsq.evaluation.results import Metric, TaskResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["EvaluationReport", "ModelReport", "library_versions", "write_json"]
+__all__ = [
+    "Difference",
+    "EvaluationReport",
+    "ModelReport",
+    "jsonable",
+    "library_versions",
+    "recovery_text",
+    "value_text",
+    "write_json",
+    "write_text",
+]
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "datasets")
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
+ACCURACIES = ("acc", "acc_norm")
+AVERAGE = "average"
 
 
 @dataclass(frozen=True)
@@ -52,52 +65,117 @@ class ModelReport:
             results=results,
         )
 
+    def result(self, task: str) -> TaskResult | None:
+        """The result of a task, or None."""
+        return next((result for result in self.results if result.task == task), None)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A number of one model beside the reference's."""
+
+    model: str
+    metric: Metric
+    difference: float | None
+    """The model's value less the reference's."""
+    recovery: float | None
+    """The model's value over the reference's."""
+
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """A model, perhaps a baseline beside it, and the versions of what computed them."""
+    """One model or several, the first being the reference, and the versions of what computed them."""
 
-    model: ModelReport
-    baseline: ModelReport | None = None
+    models: tuple[ModelReport, ...]
     versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
 
-    def ratio(self, task: str) -> float | None:
-        """Return the model's value over the baseline's for a task; None without a usable baseline."""
-        if self.baseline is None:
-            return None
-        value, reference = (
-            next(result.value for result in report.results if result.task == task)
-            for report in (self.model, self.baseline)
-        )
-        return value / reference if reference else None
+    @classmethod
+    def of(cls, models: Sequence[ModelReport]) -> EvaluationReport:
+        """Put models together, each with its average over the tasks that have an accuracy."""
+        return cls(tuple(replace(model, results=_with_average(model.results)) for model in models))
 
-    def compares_same_data(self, task: str) -> bool:
-        """Whether model and baseline saw the same token ids: perplexities per token compare only then."""
-        if self.baseline is None:
-            return True
-        fingerprints = {
-            result.data_fingerprint
-            for report in (self.model, self.baseline)
-            for result in report.results
-            if result.task == task
-        }
-        return len(fingerprints) == 1
+    @property
+    def reference(self) -> ModelReport | None:
+        """What the others are compared with; None for a single model."""
+        return self.models[0] if len(self.models) > 1 else None
+
+    def tasks(self) -> list[str]:
+        """Names of all tasks that any model was measured on, in order; the average comes last."""
+        names = dict.fromkeys(result.task for model in self.models for result in model.results)
+        return sorted(names, key=lambda name: name == AVERAGE)
+
+    def compare(self, model: ModelReport, task: str) -> list[Difference]:
+        """Each metric of a task on one model, beside the reference's; without one, there is no difference."""
+        result = model.result(task)
+        if result is None:
+            return []
+        reference = None if self.reference is None else self.reference.result(task)
+        return [_difference(model.model, metric, reference) for metric in result.metrics]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able data. Numbers that JSON has no word for become "Infinity" and "NaN"."""
-        tasks = [result.task for result in self.model.results]
         document: dict[str, Any] = {
-            "model": _model_dict(self.model),
-            "baseline": None if self.baseline is None else _model_dict(self.baseline),
+            "models": [_model_dict(model) for model in self.models],
             "versions": dict(self.versions),
         }
-        if self.baseline is not None:
-            document["comparison"] = {
-                task: {"ratio": self.ratio(task), "same_data": self.compares_same_data(task)}
-                for task in tasks
-            }
-        jsonable: dict[str, Any] = _jsonable(document)
-        return jsonable
+        if self.reference is not None:
+            document["reference"] = self.reference.model
+            document["comparison"] = [
+                {
+                    "task": task,
+                    "metric": one.metric.name,
+                    "model": one.model,
+                    "difference": one.difference,
+                    "recovery": one.recovery,
+                }
+                for task in self.tasks()
+                for model in self.models[1:]
+                for one in self.compare(model, task)
+            ]
+        plain: dict[str, Any] = jsonable(document)
+        return plain
+
+
+def _with_average(results: tuple[TaskResult, ...]) -> tuple[TaskResult, ...]:
+    """Add the mean of the headline accuracies, as tables of zero-shot tasks have it, if there are several.
+
+    Every task counts the same, whatever its number of questions.
+    """
+    counted = [result for result in results if result.headline.name in ACCURACIES]
+    if len(counted) < 2:
+        return results
+    average = sum(result.headline.value for result in counted) / len(counted)
+    names = ", ".join(f"{result.task} ({result.headline.name})" for result in counted)
+    fingerprints = "".join(result.data_fingerprint for result in counted)
+    return (
+        *results,
+        TaskResult(
+            task=AVERAGE,
+            metrics=(Metric("accuracy", average, higher_is_better=True),),
+            convention=f"The mean of {names}; each counts the same.",
+            seconds=0.0,
+            data_fingerprint=hashlib.sha256(fingerprints.encode()).hexdigest(),
+        ),
+    )
+
+
+def _difference(model: str, metric: Metric, reference: TaskResult | None) -> Difference:
+    other = None if reference is None else reference.metric(metric.name)
+    if other is None:
+        return Difference(model, metric, None, None)
+    return Difference(model, metric, metric.value - other.value, metric.recovery(other.value))
+
+
+def value_text(metric: Metric) -> str:
+    """A value with its standard error: ``0.5423 ±0.0102``."""
+    return f"{metric.value:.4f}" + ("" if metric.stderr is None else f" ±{metric.stderr:.4f}")
+
+
+def recovery_text(one: Difference) -> str:
+    """What is left of an accuracy, ``97.2 %``, or by how much a perplexity grew, ``×1.383``; else nothing."""
+    if one.recovery is None:
+        return ""
+    return f"{100 * one.recovery:.1f} %" if one.metric.higher_is_better else f"×{one.recovery:.3f}"
 
 
 def library_versions() -> dict[str, str]:
@@ -112,13 +190,18 @@ def library_versions() -> dict[str, str]:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write JSON beside ``path`` and rename it into place, so that no half-written file is ever there.
+    """Write JSON as :func:`write_text` does."""
+    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text beside ``path`` and rename it into place, so that no half-written file is ever there.
 
     Raises :class:`StorageError` if the folder cannot be written; a full disk passes as :class:`OSError`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -135,19 +218,7 @@ def _model_dict(report: ModelReport) -> dict[str, Any]:
         "device": report.device,
         "dtype": report.dtype,
         "quantization": report.quantization,
-        "results": [
-            {
-                "task": result.task,
-                "metric": result.metric,
-                "value": result.value,
-                "higher_is_better": result.higher_is_better,
-                "convention": result.convention,
-                "data_fingerprint": result.data_fingerprint,
-                **result.details,
-                "seconds": result.seconds,
-            }
-            for result in report.results
-        ],
+        "results": [result.to_dict() for result in report.results],
     }
 
 
@@ -159,11 +230,12 @@ def _device_name(model: PreTrainedModel) -> str:
     return f"{model.device} ({torch.cuda.get_device_name(model.device)})"
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Plain data in which numbers that JSON has no word for are "Infinity", "-Infinity" and "NaN"."""
     if isinstance(value, Mapping):
-        return {key: _jsonable(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

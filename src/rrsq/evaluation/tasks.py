@@ -2,25 +2,27 @@
 
 A task is named ``kind`` or ``kind:argument`` (``wikitext2``, ``text:notes.txt``). To add one, write a module
 with a class that satisfies :class:`Task`, put ``@register_task("kind", ...)`` on a function that makes it,
-and add the module to :data:`TASK_MODULES`.
+and add the module to :data:`TASK_MODULES`. A name without a colon that is no kind belongs to lm-eval; all
+such names of a run become one task (:mod:`rrsq.evaluation.harness`).
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rrsq.errors import UsageError, did_you_mean
+from rrsq.evaluation.results import TaskResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Task", "TaskKind", "TaskOptions", "TaskResult", "parse_tasks", "register_task", "task_kinds"]
+__all__ = ["Task", "TaskKind", "TaskOptions", "parse_tasks", "register_task", "task_kinds"]
 
-TASK_MODULES = ("rrsq.evaluation.text_perplexity",)
+TASK_MODULES = ("rrsq.evaluation.text_perplexity", "rrsq.evaluation.divergence_task")
 """Modules that register tasks; they are imported when a task is first asked for."""
 
 
@@ -31,46 +33,46 @@ class TaskOptions:
     sequence_length: int = 2048
     """Tokens in a window."""
     limit: int | None = None
-    """Windows (or questions) at most; None means all."""
-    batch_size: int = 1
+    """The first so many windows of a text, or questions of a task; None means all."""
+    batch_size: int | None = None
+    """Windows or questions to run at a time; None: found from the memory that is free."""
+    num_fewshot: int | None = None
+    """Solved examples before each question; None: what lm-eval's task says, mostly none."""
     data_root: Path | None = None
     """Folder laid out like the Hub, looked in before it."""
+    reference: PreTrainedModel | None = None
+    """The loaded model that this one is compared with; set only for tasks that need it."""
     on_progress: Callable[[int, int, str], None] | None = None
     """Called with the items done, the items in all, and the result so far in words."""
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One task on one model."""
-
-    task: str
-    metric: str
-    """Name of the headline number, such as ``perplexity`` or ``accuracy``."""
-    value: float
-    higher_is_better: bool
-    convention: str
-    """One sentence that says how the number is computed."""
-    seconds: float
-    data_fingerprint: str
-    """Equal for two models only if they were given the same token ids (or questions)."""
-    details: Mapping[str, Any] = field(default_factory=dict)
-    """Further numbers, JSON-able."""
 
 
 class Task(Protocol):
     """Something that a model can be measured on."""
 
     @property
-    def name(self) -> str:
-        """The name it was asked for by."""
+    def names(self) -> tuple[str, ...]:
+        """The names it was asked for by: one, or several that are run together."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it compares with a reference model, which it is then not run on itself."""
 
     def prepare(self, options: TaskOptions) -> None:
         """Fetch the data, so that a missing file is found before a model is loaded."""
 
+    def data_keys(self) -> Mapping[str, str]:
+        """By name, a digest of the data that :meth:`prepare` fetched."""
+
+    def select(self, names: Sequence[str]) -> Task:
+        """This task, prepared as it is, for some of its names only."""
+
     def run(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions
-    ) -> TaskResult:
-        """Measure the model. Called after :meth:`prepare`, once for each model compared."""
+    ) -> Mapping[str, Sequence[TaskResult]]:
+        """Measure the model; results by name, mostly one each.
+
+        Called after :meth:`prepare`, once for each model compared.
+        """
 
 
 TaskFactory = Callable[[str], Task]
@@ -83,17 +85,21 @@ class TaskKind:
     kind: str
     argument: str | None
     """What stands after the colon, in words; None if nothing may."""
+    default: str | None
+    """The argument that is meant without a colon; None if it must be given."""
     factory: TaskFactory
 
 
 _REGISTRY: dict[str, TaskKind] = {}
 
 
-def register_task(kind: str, *, argument: str | None = None) -> Callable[[TaskFactory], TaskFactory]:
+def register_task(
+    kind: str, *, argument: str | None = None, default: str | None = None
+) -> Callable[[TaskFactory], TaskFactory]:
     """Register a function from the argument (an empty string where the kind takes none) to a task."""
 
     def register(factory: TaskFactory) -> TaskFactory:
-        _REGISTRY[kind] = TaskKind(kind, argument, factory)
+        _REGISTRY[kind] = TaskKind(kind, argument, default, factory)
         return factory
 
     return register
@@ -107,24 +113,40 @@ def task_kinds() -> Mapping[str, TaskKind]:
 
 
 def parse_tasks(specification: str) -> list[Task]:
-    """Read a comma-separated list of tasks. Raises :class:`UsageError` for an unknown or incomplete one."""
+    """Read a comma-separated list of tasks; those of lm-eval come last, as one.
+
+    Raises :class:`UsageError` for an incomplete one. Whether lm-eval has a task is found when it is prepared.
+    """
+    from rrsq.evaluation.harness.task import HarnessTasks
+
     names = [name.strip() for name in specification.split(",") if name.strip()]
     if not names:
-        raise UsageError("No task was named. Example: --tasks wikitext2,text:notes.txt")
-    return [_make_task(name) for name in dict.fromkeys(names)]
-
-
-def _make_task(name: str) -> Task:
+        raise UsageError("No task was named. Example: --tasks wikitext2,text:notes.txt,arc_e")
     kinds = task_kinds()
+    own: list[Task] = []
+    foreign: list[str] = []
+    for name in dict.fromkeys(names):
+        if ":" not in name and name not in kinds:
+            foreign.append(name)
+        else:
+            own.append(_make_task(name, kinds))
+    return [*own, HarnessTasks(tuple(foreign))] if foreign else own
+
+
+def _make_task(name: str, kinds: Mapping[str, TaskKind]) -> Task:
     kind_name, separator, argument = name.partition(":")
     if kind_name not in kinds:
         known = ", ".join(_usage(kind) for kind in kinds.values())
         raise UsageError(f"There is no task '{name}'.{did_you_mean(kind_name, kinds)} Known tasks: {known}.")
     kind = kinds[kind_name]
+    if not separator and kind.default is not None:
+        return kind.factory(kind.default)
     if (kind.argument is None) == bool(separator) or (separator and not argument):
         raise UsageError(f"Task '{name}' is not complete or says too much: write {_usage(kind)}.")
     return kind.factory(argument)
 
 
 def _usage(kind: TaskKind) -> str:
-    return kind.kind if kind.argument is None else f"{kind.kind}:{kind.argument}"
+    if kind.argument is None:
+        return kind.kind
+    return f"{kind.kind}:{kind.argument}" if kind.default is None else f"{kind.kind}[:{kind.argument}]"

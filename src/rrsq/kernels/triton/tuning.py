@@ -22,7 +22,7 @@ from rrsq.errors import UsageError
 
 from .plans import FusedPlan, GemvPlan, Plan, TwoPassPlan, plan_from_data
 
-__all__ = ["Table", "cache_path", "gpu_name", "plan_for", "reload_tables"]
+__all__ = ["Table", "cache_folder", "cache_path", "gpu_name", "plan_for", "reload_tables", "shipped_table"]
 
 Table = dict[str, dict[str, dict[str, object]]]
 _SHIPPED = {"h200": "h200.json", "h100": "h100.json"}
@@ -35,12 +35,21 @@ def gpu_name(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
+def cache_folder() -> Path:
+    """Where tuned tables are kept on this machine; it may not exist yet."""
+    named = os.environ.get("RRSQ_CACHE")
+    return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rrsq"))
+
+
 def cache_path(device: torch.device) -> Path:
     """Where the tuned table of a device is kept on this machine."""
-    root = os.environ.get("RRSQ_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rrsq"
-    )
-    return Path(root) / f"kernels-{gpu_name(device)}.json"
+    return cache_folder() / f"kernels-{gpu_name(device)}.json"
+
+
+def shipped_table(device: torch.device) -> str | None:
+    """Name of the table that ships with rrsq for this GPU, or None."""
+    name = gpu_name(device)
+    return next((file for key, file in _SHIPPED.items() if key in name), None)
 
 
 @functools.cache
@@ -50,8 +59,7 @@ def _tables(device: torch.device) -> tuple[Table, ...]:
     path = cache_path(device)
     if path.is_file():
         tables.append(_read(path))
-    name = gpu_name(device)
-    shipped = next((file for key, file in _SHIPPED.items() if key in name), None)
+    shipped = shipped_table(device)
     if shipped is not None:
         source = resources.files(__package__) / "tuned" / shipped
         tables.append(json.loads(source.read_text())["linear_folded"])

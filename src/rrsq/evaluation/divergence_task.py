@@ -1,0 +1,98 @@
+"""The task ``kl``: divergence from the reference model over the windows of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from rrsq.errors import UsageError
+from rrsq.evaluation.results import Metric, TaskResult
+from rrsq.evaluation.tasks import Task, TaskOptions, register_task
+from rrsq.evaluation.text_windows import TextWindows, window_convention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["TextDivergence"]
+
+
+@dataclass
+class TextDivergence:
+    """KL divergence and top-1 agreement with a reference model over the consecutive windows of one text."""
+
+    name: str
+    source: str
+    needs_reference: bool = True
+    _text: TextWindows = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._text = TextWindows(self.source)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The one name it was asked for by."""
+        return (self.name,)
+
+    def prepare(self, options: TaskOptions) -> None:
+        """Load the documents; see :meth:`TextWindows.prepare`."""
+        self._text.prepare(options)
+
+    def data_keys(self) -> dict[str, str]:
+        """A digest of the documents."""
+        return {self.name: self._text.data_key()}
+
+    def select(self, names: Sequence[str]) -> TextDivergence:
+        """The task itself: it has one name."""
+        return self
+
+    def run(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions
+    ) -> dict[str, list[TaskResult]]:
+        """Compare the model with ``options.reference``.
+
+        Raises :class:`UsageError` if there is none, its vocabulary has another size, or a window exceeds the
+        model's context.
+        """
+        from rrsq.calibration.windows import data_fingerprint
+        from rrsq.evaluation.divergence import divergence
+
+        reference = options.reference
+        if reference is None:
+            raise UsageError(f"Task '{self.name}' compares a model with a reference, and none was given.")
+        sizes = [one.config.get_text_config().vocab_size for one in (reference, model)]
+        if sizes[0] != sizes[1]:
+            raise UsageError(
+                f"Task '{self.name}' needs two models of one vocabulary; the reference's has {sizes[0]} "
+                f"entries and the model's {sizes[1]}."
+            )
+        windows = self._text.windows(model, tokenizer, options)
+        report = options.on_progress
+
+        def on_progress(done: int, total: int, so_far: float) -> None:
+            if report is not None:
+                report(done, total, f"{so_far:.4f} nats a token")
+
+        result = divergence(
+            model, reference, windows, batch_size=options.batch_size or 1, on_progress=on_progress
+        )
+        measured = TaskResult(
+            task=self.name,
+            metrics=(
+                Metric("kl_mean", result.mean, higher_is_better=False, relative=True),
+                Metric("kl_p99", result.percentile_99, higher_is_better=False, relative=True),
+                Metric("top1", result.top1_agreement, higher_is_better=True, relative=True),
+            ),
+            convention=f"{window_convention(self.source, windows, options)}; KL(reference || model) in "
+            "nats of each next-token distribution, its mean and its 99th percentile over all predicted "
+            "tokens; the fraction of them whose likeliest token is the reference's.",
+            seconds=result.seconds,
+            data_fingerprint=data_fingerprint(windows),
+            details=asdict(result),
+        )
+        return {self.name: [measured]}
+
+
+@register_task("kl", argument="FILE", default="wikitext2")
+def _kl(source: str) -> Task:
+    return TextDivergence(name="kl" if source == "wikitext2" else f"kl:{source}", source=source)

@@ -1,0 +1,67 @@
+"""The text of a task, cut into consecutive windows for a model."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from rrsq.calibration.text import load_documents
+from rrsq.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rrsq.evaluation.tasks import TaskOptions
+
+__all__ = ["TextWindows", "window_convention"]
+
+
+class TextWindows:
+    """The test split of a data set, or a file.
+
+    Args:
+        source: as :func:`load_documents` takes it.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._documents: list[str] = []
+
+    def prepare(self, options: TaskOptions) -> None:
+        """Load the documents. Raises :class:`~rrsq.errors.DataError` as :func:`load_documents` does."""
+        if options.sequence_length < 2:
+            raise UsageError(f"--sequence-length must be at least 2, not {options.sequence_length}.")
+        self._documents = load_documents(self.source, split="test", data_root=options.data_root)
+
+    def data_key(self) -> str:
+        """SHA-256 (hex) of the documents and their boundaries."""
+        digest = hashlib.sha256()
+        for document in self._documents:
+            encoded = document.encode()
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        return digest.hexdigest()
+
+    def windows(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions
+    ) -> Tensor:
+        """int64 ``[n, sequence_length]``. Raises :class:`UsageError` if that exceeds the model's context."""
+        from rrsq.calibration.windows import evaluation_windows
+
+        length = options.sequence_length
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and length > context:
+            raise UsageError(
+                f"Windows of {length} tokens exceed the model's context of {context}: "
+                f"give --sequence-length {context} or less."
+            )
+        return evaluation_windows(tokenizer, self._documents, length, options.limit)
+
+
+def window_convention(source: str, windows: Tensor, options: TaskOptions) -> str:
+    """Say how a text became windows, up to what is computed over them."""
+    return (
+        f"Documents of {source} joined by a blank line and tokenized as one text; "
+        f"{'all' if options.limit is None else 'the first'} {windows.shape[0]} consecutive windows of "
+        f"{windows.shape[1]} tokens, the tail dropped; the first token of a window is not predicted"
+    )
