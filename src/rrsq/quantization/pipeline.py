@@ -2,7 +2,8 @@
 
 Each layer is moved to the compute device in float32, rotated, observed once on the outputs of the already
 quantized layers before it (Hessians, magnitudes, means), quantized, and run once more to make the next
-layer's inputs. Only that layer and one batch of activations are on the device at a time.
+layer's inputs. Only that layer and one batch of activations are on the device at a time. What goes into the
+experts of a mixture is kept in between, since their Hessians are taken a few experts at a time.
 """
 
 from __future__ import annotations
