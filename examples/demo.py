@@ -62,7 +62,7 @@ def main() -> None:
     calibrate = ("--calibration-data", str(calibration), "--num-samples", "16", "--sequence-length", "512")
     run(rrsq, "quantize", model, "-o", out, *calibrate, "--overwrite")
     windows = ("--tasks", f"text:{evaluation}", "--sequence-length", "1024", "--limit", "8")
-    run(rrsq, "eval", out, "--baseline", model, *windows)
+    run(rrsq, "eval", model, out, *windows)
     run(rrsq, "generate", out, "The three most important ideas in physics are", "--max-new-tokens", "40")
 
 

@@ -66,7 +66,7 @@ def _task_rows(report: EvaluationReport, task: str, names: dict[str, str]) -> li
             if report.reference is not None:
                 cells += ["", ""] if model is report.reference else _difference_cells(one)
             elif result is not None:
-                cells.append(human_seconds(result.seconds) if number == 0 else "")
+                cells.append(human_seconds(result.seconds) if number == 0 and result.seconds else "")
             rows.append(cells)
     return rows
 

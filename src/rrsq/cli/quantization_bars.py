@@ -24,6 +24,7 @@ class QuantizationBars:
         self._label = label
         self._whole = progress.add_task(label + description, total=None)
         self._layer = progress.add_task("layer", total=None, visible=False)
+        self._at = ""
 
     def show(self, done: int, total: int, per_layer: int, text: str) -> None:
         """Take a step; see :data:`rrsq.checkpoint.produce.StepCallback`."""
@@ -31,10 +32,11 @@ class QuantizationBars:
             self._progress.update(self._whole, description=self._label + text)
             self._progress.update(self._layer, visible=False)
             return
-        step = (done - 1) % per_layer
-        if step == 0:
+        layer = text.partition(":")[0]
+        if layer != self._at:
+            self._at = layer
             self._progress.reset(self._layer, total=per_layer, visible=True)
-        self._progress.update(self._layer, completed=step + 1, description=text)
+        self._progress.update(self._layer, advance=1, description=text)
         self._progress.update(
             self._whole, completed=done, total=total, description=f"{self._label}quantizing"
         )

@@ -123,11 +123,10 @@ def _quantization_table(comparison: Comparison) -> list[str]:
             rows.append([name, "", "", "", ""])
             continue
         size = f"{report['bytes_before'] / 1e6:.1f} → {report['bytes_after'] / 1e6:.1f} MB"
-        fallbacks = [
-            f"layer {layer['index']} {entry}" for layer in report["layers"] for entry in layer["fallbacks"]
-        ]
         memory = f"{report['peak_memory'] / 1e9:.1f} GB"
-        rows.append([name, size, f"{report['seconds']:.0f} s", memory, ", ".join(fallbacks) or "none"])
+        rows.append(
+            [name, size, f"{report['seconds']:.0f} s", memory, ", ".join(report["fallbacks"]) or "none"]
+        )
     return _table(rows)
 
 
