@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ModelLoadError, RRSQError, StorageError
-from .format import CheckpointInfo, parse_info
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["is_checkpoint", "load_config", "load_model", "load_tokenizer", "locate_model", "read_info"]
+__all__ = ["is_checkpoint", "load_config", "load_model", "load_tokenizer", "locate_model"]
 
 
 _LEAST_VOCABULARY = 16
@@ -56,12 +55,6 @@ def is_checkpoint(path: str) -> bool:
         return config["quantization_config"]["quant_method"] == "rrsq"
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def read_info(folder: Path) -> CheckpointInfo:
-    """What a checkpoint's ``config.json`` says of it."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return parse_info(config["quantization_config"])
 
 
 def load_config(path: str, data_root: Path | str | None = None) -> Any:

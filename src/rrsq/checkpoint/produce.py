@@ -15,7 +15,7 @@ from ..quantization.memory import least_checkpoint_bytes
 from ..quantization.pipeline import quantize_model
 from ..quantization.report import QuantizationReport
 from ..recipe import Recipe
-from .format import CalibrationInfo
+from .format import CalibrationInfo, CheckpointInfo
 from .loading import load_config, load_model
 from .writer import check_output, check_space, checkpoint_info, write_checkpoint
 
@@ -27,6 +27,7 @@ __all__ = [
     "Calibration",
     "CalibrationText",
     "OutputOptions",
+    "Produced",
     "StepCallback",
     "check_source",
     "load_calibration",
@@ -66,6 +67,14 @@ class OutputOptions:
     folder: Path
     overwrite: bool = False
     max_shard_size: str = "5GB"
+
+
+@dataclass(frozen=True)
+class Produced:
+    """A checkpoint that was written: what it says of itself, and how its quantization went."""
+
+    info: CheckpointInfo
+    report: QuantizationReport
 
 
 def check_source(model: str, data_root: Path | None = None) -> None:
@@ -115,7 +124,7 @@ def produce_checkpoint(
     device: str = "cpu",
     data_root: Path | None = None,
     on_step: StepCallback = lambda done, total, per_layer, text: None,
-) -> QuantizationReport:
+) -> Produced:
     """Quantize a model and write its checkpoint, which appears whole or not at all.
 
     Args:
@@ -160,4 +169,4 @@ def produce_checkpoint(
         overwrite=output.overwrite,
         max_shard_size=output.max_shard_size,
     )
-    return quantized.report
+    return Produced(info, quantized.report)

@@ -21,9 +21,7 @@ from rrsq.cli.options import DATA, OUTPUT, DataRoot, Device, DeviceName, resolve
 from rrsq.cli.quantization_bars import QuantizationBars
 
 if TYPE_CHECKING:
-    from rrsq.checkpoint.format import CheckpointInfo
-    from rrsq.checkpoint.produce import CalibrationText, OutputOptions
-    from rrsq.quantization.report import QuantizationReport
+    from rrsq.checkpoint.produce import CalibrationText, OutputOptions, Produced
     from rrsq.recipe import Recipe
 
 __all__ = ["EXAMPLES", "quantize"]
@@ -97,15 +95,14 @@ def quantize(
     packed. OUT is an ordinary Hugging Face folder that loads with AutoModelForCausalLM once rrsq is imported;
     it appears whole or not at all.
     """
-    from rrsq.checkpoint.loading import read_info
     from rrsq.checkpoint.produce import CalibrationText, OutputOptions
     from rrsq.recipe import load_recipe
 
     chosen = load_recipe(recipe, assignments or ())
     text = CalibrationText(calibration_data, num_samples, sequence_length, seed)
     out = OutputOptions(output, overwrite, max_shard_size)
-    report = _run(model, chosen, out, text, seed=seed, data_root=data_root, device=device)
-    stdout.print(_summary(read_info(output), output, report))
+    produced = _run(model, chosen, out, text, seed=seed, data_root=data_root, device=device)
+    stdout.print(_summary(produced, output))
     print_note(f"Next: rrsq eval {model} {output}")
 
 
@@ -118,11 +115,11 @@ def _run(
     seed: int,
     data_root: Path | None,
     device: DeviceName,
-) -> QuantizationReport:
+) -> Produced:
     from rrsq.checkpoint.loading import load_tokenizer
     from rrsq.checkpoint.produce import check_source, load_calibration, produce_checkpoint
     from rrsq.checkpoint.writer import check_output
-    from rrsq.quantization.pipeline import needs_calibration
+    from rrsq.quantization.needs import needs_calibration
 
     check_output(output.folder, overwrite=output.overwrite)
     quiet_libraries()
@@ -132,7 +129,7 @@ def _run(
         bars = QuantizationBars(progress, "tokenizer and calibration text")
         tokenizer = load_tokenizer(model, data_root)
         calibration = load_calibration(tokenizer, text, data_root) if needs_calibration(recipe) else None
-        report = produce_checkpoint(
+        produced = produce_checkpoint(
             model,
             recipe,
             output,
@@ -144,13 +141,14 @@ def _run(
             on_step=bars.show,
         )
         bars.finish()
-    return report
+    return produced
 
 
-def _summary(info: CheckpointInfo, output: Path, report: QuantizationReport) -> Table:
+def _summary(produced: Produced, output: Path) -> Table:
     """The table at the end of a run."""
     from rrsq.checkpoint.describe import describe_exceptions, describe_rotation
 
+    info, report = produced.info, produced.report
     table = Table(title=f"{output} ({info.recipe.name})", show_header=False, title_justify="left")
     before, after = report.bytes_before, report.bytes_after
     table.add_row("size of weights", f"{human_bytes(before)} → {human_bytes(after)} ({after / before:.0%})")
