@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from .gptq import factor_hessian, gptq_codes
 from .grid import choose_grid, round_to_grid
 from .scheme import group_size_for
 
-__all__ = ["QuantizedWeight", "quantize_weight"]
+__all__ = ["QuantizedWeight", "output_snr_db", "quantize_weight"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class QuantizedWeight:
         multiplier: uint8 ``[out, groups]`` or None.
         fell_back: the recipe asked for GPTQ but the weight was rounded to nearest.
         damping: the Hessian damping that was used, 0 for round to nearest.
+        snr_db: signal over error of the linears' outputs that rounding the weights alone causes, in dB, by
+            the Hessian given; None without one, or if it is not finite.
     """
 
     codes: Tensor
@@ -33,6 +36,7 @@ class QuantizedWeight:
     multiplier: Tensor | None
     fell_back: bool
     damping: float
+    snr_db: float | None
 
     def store(self, linears: list[QuantizedLinear]) -> None:
         """Hand each linear its rows."""
@@ -59,8 +63,32 @@ def quantize_weight(weight: Tensor, recipe: Weights, hessian: Tensor | None) -> 
         steps = grid.steps(weight.shape[1])
         if recipe.method == "rtn" or hessian is None:
             codes = round_to_grid(weight, steps)
-            return QuantizedWeight(codes, grid.scale, grid.multiplier, recipe.method != "rtn", 0.0)
+            snr_db = None if hessian is None else output_snr_db(weight, codes * steps, hessian)
+            return QuantizedWeight(codes, grid.scale, grid.multiplier, recipe.method != "rtn", 0.0, snr_db)
         factor = factor_hessian(hessian, act_order=recipe.act_order, damping=recipe.damping)
         result = gptq_codes(weight, steps, factor)
         damping = factor.damping if factor is not None else 0.0
-        return QuantizedWeight(result.codes, grid.scale, grid.multiplier, not result.used_gptq, damping)
+        snr_db = output_snr_db(weight, result.codes * steps, hessian)
+        return QuantizedWeight(
+            result.codes, grid.scale, grid.multiplier, not result.used_gptq, damping, snr_db
+        )
+
+
+def output_snr_db(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float | None:
+    """Signal over error of ``W x`` for inputs of which only ``H = Σ x xᵀ`` is known.
+
+    ``10 log10(tr(W H Wᵀ) / tr(ΔW H ΔWᵀ))``, which is ``Σ‖W x‖² / Σ‖ΔW x‖²`` over the calibration tokens.
+
+    Args:
+        weight, rounded: float32 ``[out, in]``; their difference is ``ΔW``.
+        hessian: float32 ``[in, in]``.
+
+    Returns:
+        dB, or None if it is not finite.
+    """
+
+    def energy(matrix: Tensor) -> Tensor:
+        return (matrix @ hessian).mul_(matrix).sum(dtype=torch.float64).clamp_min(1e-30)
+
+    ratio = float(10 * torch.log10(energy(weight) / energy(weight - rounded)))
+    return ratio if math.isfinite(ratio) else None
