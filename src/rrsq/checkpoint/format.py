@@ -109,8 +109,8 @@ class CheckpointInfo(_Part):
         calibration: the text used, or None.
         versions: of the libraries that made the checkpoint.
         layer_snr_db: output signal-to-noise ratio of each layer on calibration text.
-        weight_snr_db: the same of each input's linears, by layer and input name, of the weights alone; see
-            :class:`rrsq.quantization.report.LayerReport`.
+        weight_snr_db: the same of each input's linears due to their weights alone, by the input's path, an
+            entry a layer; see :class:`rrsq.quantization.report.LayerReport`.
         cache_error: relative error of each layer's attention output due to the quantized cache.
     """
 

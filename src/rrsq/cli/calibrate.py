@@ -110,7 +110,6 @@ def calibrate(
     from rrsq.checkpoint.loading import load_tokenizer
     from rrsq.checkpoint.produce import CalibrationText, check_source, load_calibration
     from rrsq.diagnostics.make_manifest import check_covered
-    from rrsq.diagnostics.write import write_report  # noqa: F401  (matplotlib is missed before work is done)
     from rrsq.recipe import load_recipe
     from rrsq.storage import check_output
 
@@ -200,6 +199,7 @@ def _state_sizes(model: Any, manifest: CalibrationManifest, output: Path) -> Non
     import psutil
 
     from rrsq.diagnostics.sizes import expected_sizes
+    from rrsq.diagnostics.work_folder import work_path
     from rrsq.quantization.memory import weight_bytes
     from rrsq.storage import check_space
 
@@ -213,7 +213,9 @@ def _state_sizes(model: Any, manifest: CalibrationManifest, output: Path) -> Non
         sequence_length=manifest.sequence_length,
         hessians=manifest.hessians,
     )
-    check_space(output, expected.disk, "the calibration takes")
+    work = work_path(output)
+    there = sum(file.stat().st_size for file in work.rglob("*")) if work.is_dir() else 0
+    check_space(output, expected.disk - there, "the calibration takes")
     free = shutil.disk_usage(output.absolute().parent).free
     print_note(
         f"On the disk: {human_bytes(expected.hessians)} of Hessians and up to"

@@ -10,7 +10,6 @@ from torch.nn.functional import adaptive_max_pool2d
 
 from ..models import LinearInput
 from ..nn.input import InputQuantizer, InputScheme
-from ..quantization.grid import WeightGrid
 from ..quantization.scheme import Treatment, input_scheme
 from ..quantization.weights import quantize_weight
 from ..recipe import Weights
@@ -129,9 +128,7 @@ def _rounded_to_nearest(weight: Tensor, recipe: Weights, order: Tensor | None) -
     """The weight on the recipe's grid, by rounding to nearest, columns in their original order."""
     nearest = recipe.model_copy(update={"method": "rtn"})
     ordered = weight if order is None else weight[:, order]
-    quantized = quantize_weight(ordered, nearest, None)
-    steps = WeightGrid(quantized.scale, quantized.multiplier).steps(weight.shape[1])
-    values = quantized.codes * steps
+    values = quantize_weight(ordered, nearest, None).values()
     return values if order is None else torch.empty_like(values).index_copy_(1, order.long(), values)
 
 

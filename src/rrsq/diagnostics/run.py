@@ -113,7 +113,6 @@ class _Run:
             else:
                 self._measure(index, layer, name)
             layer.to("meta")
-
         if self.manifest.hessians and not head_file(self.folder).is_file():
             self._measure_head()
 

@@ -43,7 +43,7 @@ from .memory import PeakMemory, weight_bytes
 from .needs import needs_calibration, needs_head_hessian
 from .report import LayerReport, QuantizationReport
 from .scheme import check_patterns, head_is_kept, treatment
-from .weights import quantize_weight
+from .weights import output_snr_db, quantize_weight
 
 __all__ = ["QuantizedModel", "needs_calibration", "quantize_model"]
 
@@ -255,8 +255,9 @@ class _Run:
             hessian = None if hessian is None else hessian[order][:, order]
         quantized = quantize_weight(weight, how.weights, hessian)
         quantized.store(list(replaced.values()))
-        if quantized.snr_db is not None:
-            report.weight_snr_db[entry.path] = quantized.snr_db
+        snr_db = None if hessian is None else output_snr_db(weight, quantized.values(), hessian)
+        if snr_db is not None:
+            report.weight_snr_db[entry.path] = snr_db
         for linear, bias in zip(replaced.values(), biases, strict=True):
             if bias is not None and linear.bias is not None:
                 linear.bias.copy_(bias.detach())

@@ -16,8 +16,8 @@ class LayerReport:
         index: position in the model.
         output_snr_db: signal over error of the layer's output on calibration text, in dB, quantized against
             full precision on the same inputs; None when no text was run through the layer.
-        weight_snr_db: the same of each input's linears by input name, with weights quantized and activations
-            left as they are, from the input's Hessian; an input without a Hessian is left out.
+        weight_snr_db: the same of each input's linears, by its path, with weights quantized and activations
+            left as they are, from the input's Hessian. Inputs without a Hessian, and experts, are left out.
         cache_error: relative error of the attention output that the quantized KV cache alone causes; None
             without a quantized cache or without text.
         fallbacks: inputs whose weights were rounded to nearest because GPTQ could not be used.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..nn.linear import QuantizedLinear
 from ..recipe import Weights
 from .gptq import factor_hessian, gptq_codes
-from .grid import choose_grid, round_to_grid
+from .grid import WeightGrid, choose_grid, round_to_grid
 from .scheme import group_size_for
 
 __all__ = ["QuantizedWeight", "output_snr_db", "quantize_weight"]
@@ -27,8 +27,6 @@ class QuantizedWeight:
         multiplier: uint8 ``[out, groups]`` or None.
         fell_back: the recipe asked for GPTQ but the weight was rounded to nearest.
         damping: the Hessian damping that was used, 0 for round to nearest.
-        snr_db: signal over error of the linears' outputs that rounding the weights alone causes, in dB, by
-            the Hessian given; None without one, or if it is not finite.
     """
 
     codes: Tensor
@@ -36,7 +34,10 @@ class QuantizedWeight:
     multiplier: Tensor | None
     fell_back: bool
     damping: float
-    snr_db: float | None
+
+    def values(self) -> Tensor:
+        """What the codes stand for, float32 ``[out, in]``."""
+        return self.codes * WeightGrid(self.scale, self.multiplier).steps(self.codes.shape[1])
 
     def store(self, linears: list[QuantizedLinear]) -> None:
         """Hand each linear its rows."""
@@ -63,15 +64,11 @@ def quantize_weight(weight: Tensor, recipe: Weights, hessian: Tensor | None) -> 
         steps = grid.steps(weight.shape[1])
         if recipe.method == "rtn" or hessian is None:
             codes = round_to_grid(weight, steps)
-            snr_db = None if hessian is None else output_snr_db(weight, codes * steps, hessian)
-            return QuantizedWeight(codes, grid.scale, grid.multiplier, recipe.method != "rtn", 0.0, snr_db)
+            return QuantizedWeight(codes, grid.scale, grid.multiplier, recipe.method != "rtn", 0.0)
         factor = factor_hessian(hessian, act_order=recipe.act_order, damping=recipe.damping)
         result = gptq_codes(weight, steps, factor)
         damping = factor.damping if factor is not None else 0.0
-        snr_db = output_snr_db(weight, result.codes * steps, hessian)
-        return QuantizedWeight(
-            result.codes, grid.scale, grid.multiplier, not result.used_gptq, damping, snr_db
-        )
+        return QuantizedWeight(result.codes, grid.scale, grid.multiplier, not result.used_gptq, damping)
 
 
 def output_snr_db(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float | None:
@@ -90,5 +87,6 @@ def output_snr_db(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float | N
     def energy(matrix: Tensor) -> Tensor:
         return (matrix @ hessian).mul_(matrix).sum(dtype=torch.float64).clamp_min(1e-30)
 
-    ratio = float(10 * torch.log10(energy(weight) / energy(weight - rounded)))
+    with torch.inference_mode():
+        ratio = float(10 * torch.log10(energy(weight) / energy(weight - rounded)))
     return ratio if math.isfinite(ratio) else None
