@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 import rrsq
 from rrsq.checkpoint.loading import load_tokenizer
-from rrsq.checkpoint.writer import check_output
 from rrsq.errors import OutputExistsError, StorageError
 from rrsq.quantization.pipeline import QuantizedModel
+from rrsq.storage import check_output
 from tiny_quantized import load_tiny, logits_of, quantize_tiny, random_tokens, recipe_of, save_tiny
 
 

@@ -79,12 +79,21 @@ class RotationInfo(_Part):
 
 
 class CalibrationInfo(_Part):
-    """The calibration text that was used."""
+    """The calibration text that was used.
+
+    Attributes:
+        source: data set or file.
+        num_samples, sequence_length: windows, and tokens in each.
+        fingerprint: SHA-256 of the token ids.
+        stored: the statistics came out of a folder of ``rrsq calibrate``, of the full-precision model's
+            inputs; else each layer was calibrated on the outputs of the quantized layers before it.
+    """
 
     source: str
     num_samples: int
     sequence_length: int
     fingerprint: str
+    stored: bool = False
 
 
 class CheckpointInfo(_Part):
@@ -100,6 +109,9 @@ class CheckpointInfo(_Part):
         calibration: the text used, or None.
         versions: of the libraries that made the checkpoint.
         layer_snr_db: output signal-to-noise ratio of each layer on calibration text.
+        weight_snr_db: the same of each input's linears due to their weights alone, by the input's path, an
+            entry a layer; see :class:`rrsq.quantization.report.LayerReport`.
+        cache_error: relative error of each layer's attention output due to the quantized cache.
     """
 
     quant_method: Literal["rrsq"] = QUANT_METHOD
@@ -112,6 +124,8 @@ class CheckpointInfo(_Part):
     calibration: CalibrationInfo | None = None
     versions: dict[str, str] = {}
     layer_snr_db: tuple[float | None, ...] = ()
+    weight_snr_db: tuple[dict[str, float], ...] = ()
+    cache_error: tuple[float | None, ...] = ()
 
 
 def parse_info(data: dict[str, Any]) -> CheckpointInfo:

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..calibration.fingerprint import model_fingerprint
+from ..calibration.stored import StoredCalibration
 from ..calibration.text import load_documents
 from ..calibration.windows import calibration_windows, data_fingerprint
 from ..errors import UsageError
-from ..models import family_for
+from ..models import ModelFamily, family_for
+from ..quantization.checks import check_stored
 from ..quantization.memory import least_checkpoint_bytes
 from ..quantization.pipeline import quantize_model
 from ..quantization.report import QuantizationReport
 from ..recipe import Recipe
+from ..storage import check_output, check_space
 from .format import CalibrationInfo, CheckpointInfo
 from .loading import load_config, load_model
-from .writer import check_output, check_space, checkpoint_info, write_checkpoint
+from .writer import checkpoint_info, write_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +35,7 @@ __all__ = [
     "StepCallback",
     "check_source",
     "load_calibration",
+    "open_calibration",
     "produce_checkpoint",
 ]
 
@@ -54,10 +59,17 @@ class CalibrationText:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration windows, int64 ``[samples, tokens]``, and what a checkpoint says of them."""
+    """What a model is calibrated on.
 
-    windows: Tensor
+    Attributes:
+        windows: int64 ``[samples, tokens]``; None with ``stored``.
+        info: what a checkpoint says of it.
+        stored: statistics to use in place of windows, or None.
+    """
+
+    windows: Tensor | None
     info: CalibrationInfo
+    stored: StoredCalibration | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +89,8 @@ class Produced:
     report: QuantizationReport
 
 
-def check_source(model: str, data_root: Path | None = None) -> None:
-    """Refuse a model that cannot be quantized before anything large is read.
+def check_source(model: str, data_root: Path | None = None) -> ModelFamily:
+    """Refuse a model that cannot be quantized before anything large is read; return its family.
 
     Raises:
         ModelLoadError: there is no such model.
@@ -86,12 +98,13 @@ def check_source(model: str, data_root: Path | None = None) -> None:
         UsageError: it is quantized already.
     """
     config = load_config(model, data_root)
-    family_for(config)
+    family = family_for(config)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method is not None and not model.endswith(".gguf"):
         raise UsageError(
             f"'{model}' is quantized already ({method}). Quantize the original model, in 16 or 32 bits."
         )
+    return family
 
 
 def load_calibration(
@@ -113,6 +126,30 @@ def load_calibration(
     return Calibration(windows, info)
 
 
+def open_calibration(folder: Path, recipe: Recipe, seed: int) -> Calibration:
+    """Use the statistics of a folder of ``rrsq calibrate`` in place of text.
+
+    Args:
+        folder: that ``rrsq calibrate`` wrote.
+        recipe: to be applied.
+        seed: of the rotations' random signs.
+
+    Raises:
+        CalibrationError: it is no such folder, or lacks what the recipe needs.
+    """
+    stored = StoredCalibration(folder)
+    check_stored(stored, recipe, seed)
+    manifest = stored.manifest
+    info = CalibrationInfo(
+        source=manifest.data_source,
+        num_samples=manifest.num_samples,
+        sequence_length=manifest.sequence_length,
+        fingerprint=manifest.data_fingerprint,
+        stored=True,
+    )
+    return Calibration(None, info, stored)
+
+
 def produce_checkpoint(
     model: str,
     recipe: Recipe,
@@ -132,7 +169,7 @@ def produce_checkpoint(
         recipe: what to do.
         output: where to write.
         tokenizer: the model's, written beside the weights.
-        calibration: the windows; None if the recipe needs none.
+        calibration: the windows or what was stored of them; None if the recipe needs none.
         seed: of the rotations' random signs.
         device: where layers are computed.
         data_root: folder laid out like the Hub, looked in before it.
@@ -144,12 +181,16 @@ def produce_checkpoint(
     check_output(output.folder, overwrite=output.overwrite)
     on_step(0, 0, 0, "loading the model")
     loaded = load_model(model, device="cpu", data_root=data_root)
+    stored = None if calibration is None else calibration.stored
+    if stored is not None:
+        stored.check_model(model_fingerprint(loaded), model)
     check_space(output.folder, least_checkpoint_bytes(loaded, recipe))
     layers = loaded.config.get_text_config().num_hidden_layers
     quantized = quantize_model(
         loaded,
         recipe,
         None if calibration is None else calibration.windows,
+        stored=stored,
         seed=seed,
         device=device,
         progress=lambda done, total, text: on_step(done, total, total // layers, text),

@@ -22,7 +22,8 @@ EXAMPLES = examples("rrsq inspect out/", "rrsq inspect out/ --layers")
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an rrsq checkpoint.")],
     layers: Annotated[
-        bool, typer.Option("--layers", help="Also list each layer's output signal-to-noise ratio.")
+        bool,
+        typer.Option("--layers", help="Also list each layer's signal-to-noise ratios and cache error."),
     ] = False,
 ) -> None:
     """Print what is in a checkpoint: recipe, rotations, sizes, how it was calibrated.
@@ -91,12 +92,12 @@ def _tensors(contents: dict[str, tuple[int, int, int]]) -> Table:
 
 
 def _layers(info: CheckpointInfo) -> Table:
-    table = Table("layer", "output SNR (dB)", "key bits")
+    from rrsq.checkpoint.describe import LAYER_COLUMNS, describe_layers
+
+    headings, rows = describe_layers(info)
+    table = Table(*headings, caption=LAYER_COLUMNS, caption_justify="left")
     for column in table.columns:
         column.justify = "right"
-    count = max(len(info.layer_snr_db), len(info.key_bits))
-    for index in range(count):
-        snr = info.layer_snr_db[index] if index < len(info.layer_snr_db) else None
-        bits = info.key_bits[index] if index < len(info.key_bits) else 16
-        table.add_row(str(index), "" if snr is None else f"{snr:.1f}", str(bits))
+    for row in rows:
+        table.add_row(*row)
     return table

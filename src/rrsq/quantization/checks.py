@@ -7,10 +7,45 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import NonFiniteError, RecipeError
-from ..recipe import Recipe
+from ..calibration.stored import StoredCalibration
+from ..errors import CalibrationError, NonFiniteError, RecipeError
+from ..recipe import Recipe, Rotation
+from .needs import needs_head_hessian, needs_hessian, needs_order
 
-__all__ = ["check_finite", "check_rope"]
+__all__ = ["check_finite", "check_rope", "check_stored"]
+
+
+def check_stored(stored: StoredCalibration, recipe: Recipe, seed: int) -> None:
+    """Refuse a calibration folder that lacks what a recipe with this seed of its rotations needs.
+
+    Raises:
+        CalibrationError: with what is missing and how to get it.
+    """
+    manifest, cache = stored.manifest, recipe.kv_cache
+    if (needs_hessian(recipe) or needs_head_hessian(recipe)) and not manifest.hessians:
+        raise CalibrationError(
+            f"'{stored.folder}' holds no Hessians (it was made with --no-hessians), which GPTQ needs. Run"
+            " rrsq calibrate without that option, or take --set weights.method=rtn."
+        )
+    if cache is not None and cache.sensitive_layers > 0:
+        raise CalibrationError(
+            "kv_cache.sensitive_layers is found by running text through the quantized cache, which a"
+            " calibration folder cannot replace. Leave out --calibration."
+        )
+    if needs_order(recipe) and not stored.holds_magnitudes(recipe.rotation, seed):
+        raise CalibrationError(
+            f"The recipe '{recipe.name}' stores an order of the channels by magnitude, and '{stored.folder}'"
+            f" holds the magnitudes for {_describe(manifest.recipe.rotation, manifest.seed)}, not for"
+            f" {_describe(recipe.rotation, seed)}. Run rrsq calibrate with --recipe {recipe.name}"
+            f" --seed {seed}."
+        )
+
+
+def _describe(rotation: Rotation | None, seed: int) -> str:
+    if rotation is None:
+        return "no rotation"
+    chosen = ", ".join(f"{key}={value}" for key, value in rotation.model_dump().items())
+    return f"a rotation with seed {seed} and {chosen}"
 
 
 def check_rope(config: Any, recipe: Recipe) -> None:

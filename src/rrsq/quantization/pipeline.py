@@ -11,16 +11,17 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration.experts import RoutedTokens, collect_routed_tokens
-from ..calibration.statistics import InputStatistics, MeanStatistics
-from ..calibration.stream import HiddenStates, collect_cache_means, collect_inputs
+from ..calibration.basis import InputBasis, affine_of_head
+from ..calibration.experts import RoutedTokens
+from ..calibration.statistics import InputSummary, LayerStatistics
+from ..calibration.stored import StoredCalibration
+from ..calibration.stream import HiddenStates
 from ..models import LinearInput, ModelFamily, family_for
 from ..nn.linear import QuantizedLinear
 from ..nn.rope import KeyRotary
@@ -34,14 +35,15 @@ from .assemble import (
     quantize_input_modules,
     treated_inputs,
 )
-from .checks import check_finite, check_rope
+from .checks import check_finite, check_rope, check_stored
 from .experts import HESSIAN_BYTES, quantize_experts
-from .head import quantize_head
+from .head import head_hessian, quantize_head
+from .measure import measure_layer, stored_statistics
 from .memory import PeakMemory, weight_bytes
-from .needs import needs_calibration, needs_hessian, needs_order
+from .needs import needs_calibration, needs_head_hessian
 from .report import LayerReport, QuantizationReport
 from .scheme import check_patterns, head_is_kept, treatment
-from .weights import quantize_weight
+from .weights import output_snr_db, quantize_weight
 
 __all__ = ["QuantizedModel", "needs_calibration", "quantize_model"]
 
@@ -66,6 +68,7 @@ def quantize_model(
     recipe: Recipe,
     windows: Tensor | None,
     *,
+    stored: StoredCalibration | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     hessian_bytes: int = HESSIAN_BYTES,
@@ -76,7 +79,10 @@ def quantize_model(
     Args:
         model: in any floating dtype, on the CPU; its linears are replaced.
         recipe: what to do.
-        windows: int64 ``[samples, tokens]`` calibration windows; None if :func:`needs_calibration` says so.
+        windows: int64 ``[samples, tokens]`` calibration windows; None if :func:`needs_calibration` says so,
+            or with ``stored``.
+        stored: statistics of this model in full precision, to use in place of running text; that they are
+            its own is not checked here (:meth:`StoredCalibration.check_model`).
         seed: of the rotations' random signs.
         device: where layers are computed.
         hessian_bytes: of experts, only so many are quantized at once as have Hessians of so many bytes.
@@ -86,15 +92,18 @@ def quantize_model(
         The model with its report. Weights of quantized linears are packed; everything else keeps its dtype.
 
     Raises:
+        CalibrationError: ``stored`` lacks what the recipe needs, or is damaged.
         NonFiniteError: a weight holds NaN or Inf.
         RecipeError: the recipe's key offsets do not go with the model's RoPE, or a pattern matches nothing.
         UnsupportedArchitectureError: no family is known for the model.
     """
     check_rope(model.config, recipe)
     check_patterns(recipe, family_for(model.config), model)
-    if windows is None and needs_calibration(recipe):
+    if stored is not None:
+        check_stored(stored, recipe, seed)
+    elif windows is None and needs_calibration(recipe):
         raise ValueError(f"recipe '{recipe.name}' needs calibration windows")
-    run = _Run(model, recipe, windows, seed, torch.device(device), hessian_bytes, progress)
+    run = _Run(model, recipe, windows, stored, seed, torch.device(device), hessian_bytes, progress)
     with run.memory:
         return run.execute()
 
@@ -107,6 +116,7 @@ class _Run:
         model: nn.Module,
         recipe: Recipe,
         windows: Tensor | None,
+        stored: StoredCalibration | None,
         seed: int,
         device: torch.device,
         hessian_bytes: int,
@@ -116,6 +126,7 @@ class _Run:
         self.model = model.eval().requires_grad_(False)
         self.recipe = recipe
         self.windows = windows
+        self.stored = stored
         self.device = device
         self.hessian_bytes = hessian_bytes
         self.progress = progress
@@ -137,7 +148,7 @@ class _Run:
             untie_head(self.model, self.family)
         fold_embedding(self.model, self.family, self.rotations)
         hidden = None
-        if self.windows is not None:
+        if self.windows is not None and self.stored is None:
             hidden = HiddenStates(self.model, self.family, self.windows, self.device)
         batches = 0 if hidden is None else len(hidden.batches)
         inputs = sum(len(treated_inputs(layer, self.family, self.recipe)) for layer in self.layers)
@@ -165,23 +176,31 @@ class _Run:
         inputs = treated_inputs(layer, self.family, self.recipe)
         linears = tuple(entry for entry in inputs if not entry.experts)
         mixture = tuple(entry for entry in inputs if entry.experts)
-        statistics: dict[str, InputStatistics] = {}
-        routed: RoutedTokens | None = None
-        means: dict[str, MeanStatistics] = {}
         rotary = key_rotary(self.model, self.family, index)
+        statistics = LayerStatistics({}, {})
+        routed: RoutedTokens | None = None
         reference: Tensor | None = None
-        if hidden is not None:
-            with_hessian = needs_hessian(self.recipe)
-            with (
-                collect_inputs(layer, linears, self.device, with_hessian=with_hessian) as statistics,
-                self._routed_tokens(layer, mixture) as routed,
-                collect_cache_means(layer.get_submodule(self.family.attention), rotary) as means,
-            ):
-                reference = hidden.observe(layer, lambda: self._step(f"{name}: statistics"))
+        if self.stored is not None:
+            statistics = stored_statistics(
+                self.stored, index, layer, linears, self.family, self.rotations, self.recipe, self.device
+            )
+        elif hidden is not None:
+            attention = layer.get_submodule(self.family.attention)
+            measured = measure_layer(
+                layer,
+                inputs,
+                attention,
+                rotary,
+                hidden,
+                self.recipe,
+                self.device,
+                lambda: self._step(f"{name}: statistics"),
+            )
+            statistics, routed, reference = measured.statistics, measured.routed, measured.reference
         if self.recipe.kv_cache is not None:
-            self._quantize_cache(layer, rotary, means, hidden, report)
+            self._quantize_cache(layer, rotary, statistics.means, hidden, report)
         for entry in linears:
-            self._quantize_input(layer, entry, statistics.get(entry.path), report)
+            self._quantize_input(layer, entry, statistics.inputs.get(entry.path), report)
             self._step(f"{name}: weights")
         if mixture:
             self._quantize_experts(layer, mixture, routed, report)
@@ -199,7 +218,7 @@ class _Run:
         self,
         layer: nn.Module,
         rotary: KeyRotary | None,
-        means: dict[str, MeanStatistics],
+        means: dict[str, Tensor],
         hidden: HiddenStates | None,
         report: LayerReport,
     ) -> None:
@@ -211,13 +230,13 @@ class _Run:
         quantizer.to(self.device)
         for name, tensor in (("key", quantizer.keys), ("value", quantizer.values)):
             if tensor.offset is not None:
-                tensor.offset.copy_(means[name].mean())
+                tensor.offset.copy_(means[name])
         if before is not None and hidden is not None:
             after = _attention_output(attention, layer, hidden)
             report.cache_error = float((after - before).norm() / before.norm().clamp_min(1e-30))
 
     def _quantize_input(
-        self, layer: nn.Module, entry: LinearInput, statistics: InputStatistics | None, report: LayerReport
+        self, layer: nn.Module, entry: LinearInput, statistics: InputSummary | None, report: LayerReport
     ) -> None:
         how = treatment(self.recipe, self.family.layer_name(report.index), entry)
         parent = layer.get_submodule(entry.parent)
@@ -229,13 +248,16 @@ class _Run:
         biases = [linear.bias for linear in originals]
         quantizer: Any = getattr(parent, entry.quantizer_name)
         hessian = None if statistics is None else statistics.hessian
-        if quantizer.scheme.stores_order and statistics is not None:
+        if quantizer.scheme.stores_order and statistics is not None and statistics.absmax is not None:
             order = statistics.absmax.argsort(stable=True)
             quantizer.channel_order.copy_(order)
             weight = weight[:, order]
             hessian = None if hessian is None else hessian[order][:, order]
         quantized = quantize_weight(weight, how.weights, hessian)
         quantized.store(list(replaced.values()))
+        snr_db = None if hessian is None else output_snr_db(weight, quantized.values(), hessian)
+        if snr_db is not None:
+            report.weight_snr_db[entry.path] = snr_db
         for linear, bias in zip(replaced.values(), biases, strict=True):
             if bias is not None and linear.bias is not None:
                 linear.bias.copy_(bias.detach())
@@ -247,7 +269,14 @@ class _Run:
             self._warn_of_fallback(f"Layer {report.index}, input '{entry.path}'")
 
     def _quantize_head(self, hidden: HiddenStates | None) -> None:
-        if not quantize_head(self.model, self.family, self.recipe, hidden, self.device):
+        hessian = None
+        if needs_head_hessian(self.recipe) and not head_is_kept(self.recipe, self.family):
+            if self.stored is not None:
+                basis = InputBasis.of_head(self.rotations, affine_of_head(self.model, self.family))
+                hessian = self.stored.head_hessian(basis, device=self.device)
+            elif hidden is not None:
+                hessian = head_hessian(self.model, self.family, hidden, self.device)
+        if not quantize_head(self.model, self.family, self.recipe, hessian, self.device):
             self.report.head_fell_back = True
             self._warn_of_fallback(f"The output head '{self.family.head}'")
 
@@ -258,15 +287,6 @@ class _Run:
             " rounded to nearest.",
             stacklevel=2,
         )
-
-    def _routed_tokens(
-        self, layer: nn.Module, mixture: tuple[LinearInput, ...]
-    ) -> AbstractContextManager[RoutedTokens | None]:
-        """Keeps what a layer's experts are called with, if there are any and the recipe asks for it."""
-        if not mixture or not (needs_hessian(self.recipe) or needs_order(self.recipe)):
-            return nullcontext()
-        experts: Any = layer.get_submodule(mixture[0].parent)
-        return collect_routed_tokens(experts)
 
     def _quantize_experts(
         self,
