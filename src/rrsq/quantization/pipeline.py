@@ -22,6 +22,7 @@ from ..calibration.experts import RoutedTokens
 from ..calibration.statistics import InputSummary, LayerStatistics
 from ..calibration.stored import StoredCalibration
 from ..calibration.stream import HiddenStates
+from ..calibration.windows import check_token_ids
 from ..models import LinearInput, ModelFamily, family_for
 from ..nn.linear import QuantizedLinear
 from ..nn.rope import KeyRotary
@@ -93,6 +94,7 @@ def quantize_model(
 
     Raises:
         CalibrationError: ``stored`` lacks what the recipe needs, or is damaged.
+        DataError: the model has no embedding for a token of the windows.
         NonFiniteError: a weight holds NaN or Inf.
         RecipeError: the recipe's key offsets do not go with the model's RoPE, or a pattern matches nothing.
         UnsupportedArchitectureError: no family is known for the model.
@@ -103,6 +105,8 @@ def quantize_model(
         check_stored(stored, recipe, seed)
     elif windows is None and needs_calibration(recipe):
         raise ValueError(f"recipe '{recipe.name}' needs calibration windows")
+    if windows is not None:
+        check_token_ids(model, windows)
     run = _Run(model, recipe, windows, stored, seed, torch.device(device), hessian_bytes, progress)
     with run.memory:
         return run.execute()
