@@ -1,18 +1,18 @@
-"""What is refused before anything is quantized."""
+"""What is refused: before anything is quantized, and where numbers leave their range on the way."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration.stored import StoredCalibration
 from ..errors import CalibrationError, NonFiniteError, RecipeError
 from ..recipe import Recipe, Rotation
 from .needs import needs_head_hessian, needs_hessian, needs_order
 
-__all__ = ["check_finite", "check_rope", "check_stored"]
+__all__ = ["check_activations", "check_finite", "check_result", "check_rope", "check_stored"]
 
 
 def check_stored(stored: StoredCalibration, recipe: Recipe, seed: int) -> None:
@@ -74,3 +74,35 @@ def check_finite(model: nn.Module) -> None:
                 f"The weight '{name}' holds NaN or Inf. The model is damaged or overflowed when it was"
                 " converted; get it again, or convert it from its original precision."
             )
+
+
+def check_activations(tensor: Tensor, where: str) -> None:
+    """Refuse activations (or their magnitudes) that are NaN or infinite: nothing behind them means anything.
+
+    Raises:
+        NonFiniteError: one is; ``where`` names them.
+    """
+    if not _is_finite(tensor):
+        raise NonFiniteError(
+            f"{where}: NaN or Inf on the calibration text. The model's numbers overflow there: check that the"
+            " original model gives sensible text, or choose another --calibration-data."
+        )
+
+
+def check_result(module: nn.Module, name: str) -> None:
+    """Refuse a quantized module with a number that is NaN or infinite, such as one its dtype has no room for.
+
+    Raises:
+        NonFiniteError: there is one; ``name`` is the module's path.
+    """
+    for key, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise NonFiniteError(
+                f"Quantizing made '{name}.{key}' NaN or Inf in {tensor.dtype}. The model's norm gains and"
+                " weights multiply to more than that dtype holds; convert it to float32 or bfloat16 first."
+            )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    least, most = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(least) & torch.isfinite(most))

@@ -52,12 +52,12 @@ def factor_hessian(hessian: Tensor, *, act_order: bool, damping: float) -> Hessi
         damping: fraction of the mean diagonal to add.
 
     Returns:
-        The factor, or None if no damping tried made the matrix positive definite or it is not finite.
+        The factor, or None if the matrix is zero or not finite, or no damping made it positive definite.
     """
     diagonal = hessian.diagonal()
-    if not bool(torch.isfinite(diagonal).all()):
-        return None
     dead = diagonal <= 0
+    if not bool(torch.isfinite(diagonal).all()) or bool(dead.all()):
+        return None
     H = hessian.clone()
     H.diagonal()[dead] = 1.0
     if act_order:

@@ -22,6 +22,7 @@ from ..calibration.experts import RoutedTokens
 from ..calibration.statistics import InputSummary, LayerStatistics
 from ..calibration.stored import StoredCalibration
 from ..calibration.stream import HiddenStates
+from ..calibration.windows import check_token_ids
 from ..models import LinearInput, ModelFamily, family_for
 from ..nn.linear import QuantizedLinear
 from ..nn.rope import KeyRotary
@@ -35,7 +36,7 @@ from .assemble import (
     quantize_input_modules,
     treated_inputs,
 )
-from .checks import check_finite, check_rope, check_stored
+from .checks import check_activations, check_finite, check_result, check_rope, check_stored
 from .experts import HESSIAN_BYTES, quantize_experts
 from .head import head_hessian, quantize_head
 from .measure import measure_layer, stored_statistics
@@ -93,7 +94,8 @@ def quantize_model(
 
     Raises:
         CalibrationError: ``stored`` lacks what the recipe needs, or is damaged.
-        NonFiniteError: a weight holds NaN or Inf.
+        DataError: the model has no embedding for a token of the windows.
+        NonFiniteError: a weight or, on the calibration text, an activation is NaN or Inf, or becomes it.
         RecipeError: the recipe's key offsets do not go with the model's RoPE, or a pattern matches nothing.
         UnsupportedArchitectureError: no family is known for the model.
     """
@@ -103,6 +105,8 @@ def quantize_model(
         check_stored(stored, recipe, seed)
     elif windows is None and needs_calibration(recipe):
         raise ValueError(f"recipe '{recipe.name}' needs calibration windows")
+    if windows is not None:
+        check_token_ids(model, windows)
     run = _Run(model, recipe, windows, stored, seed, torch.device(device), hessian_bytes, progress)
     with run.memory:
         return run.execute()
@@ -157,6 +161,8 @@ class _Run:
             self._quantize_layer(index, layer, hidden)
         fold_head(self.model, self.family, self.rotations)
         self._quantize_head(hidden)
+        for path in (self.family.embedding, self.family.final_norm, self.family.head):
+            check_result(self.model.get_submodule(path), path)
         if self.recipe.rotation is not None:
             self.model.rotation_signs = RotationSigns(self.rotations)
         key_bits = self._key_bits()
@@ -208,8 +214,10 @@ class _Run:
             self._step(f"{name}: weights")
         if hidden is not None and reference is not None:
             output = hidden.advance(layer, lambda: self._step(f"{name}: outputs"))
+            check_activations(output, f"Layer {index}, output")
             report.output_snr_db = _snr_db(reference, output)
         _restore_dtypes(layer, dtypes)
+        check_result(layer, self.family.layer_name(index))
         layer.to("cpu")
         report.seconds = time.perf_counter() - started
         self.report.layers.append(report)
@@ -233,12 +241,14 @@ class _Run:
                 tensor.offset.copy_(means[name])
         if before is not None and hidden is not None:
             after = _attention_output(attention, layer, hidden)
-            report.cache_error = float((after - before).norm() / before.norm().clamp_min(1e-30))
+            report.cache_error = _relative_error(after, before)
 
     def _quantize_input(
         self, layer: nn.Module, entry: LinearInput, statistics: InputSummary | None, report: LayerReport
     ) -> None:
         how = treatment(self.recipe, self.family.layer_name(report.index), entry)
+        if statistics is not None:
+            check_activations(statistics.absmax, f"Layer {report.index}, input '{entry.path}'")
         parent = layer.get_submodule(entry.parent)
         originals = [getattr(parent, name) for name in how.linears]
         replaced = quantize_input_modules(layer, entry, how, self.rotations)
@@ -283,8 +293,8 @@ class _Run:
     @staticmethod
     def _warn_of_fallback(what: str) -> None:
         warnings.warn(
-            f"{what}: the Hessian could not be factored even with 1000 times the damping; its weights were"
-            " rounded to nearest.",
+            f"{what}: the Hessian could not be factored (it is zero or not finite, or 1000 times the damping"
+            " did not help); its weights were rounded to nearest.",
             stacklevel=2,
         )
 
@@ -336,6 +346,10 @@ def _attention_output(attention: nn.Module, layer: nn.Module, hidden: HiddenStat
     finally:
         handle.remove()
     return outputs[0]
+
+
+def _relative_error(after: Tensor, before: Tensor) -> float:
+    return float((after - before).double().norm() / before.double().norm().clamp_min(1e-30))
 
 
 def _snr_db(reference: Tensor, output: Tensor) -> float:
