@@ -247,7 +247,7 @@ class _Run:
         self, layer: nn.Module, entry: LinearInput, statistics: InputSummary | None, report: LayerReport
     ) -> None:
         how = treatment(self.recipe, self.family.layer_name(report.index), entry)
-        if statistics is not None:
+        if statistics is not None and statistics.absmax is not None:
             check_activations(statistics.absmax, f"Layer {report.index}, input '{entry.path}'")
         parent = layer.get_submodule(entry.parent)
         originals = [getattr(parent, name) for name in how.linears]
