@@ -24,6 +24,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# rich reads it when rrsq's consoles are made, once for all tests of a process: wide enough for every table.
+os.environ["COLUMNS"] = "300"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="rrsq-test-datasets-")
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
