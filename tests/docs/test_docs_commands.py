@@ -8,7 +8,6 @@ holds tiny models under the Hub ids of the pages. So commands run as they are wr
 from __future__ import annotations
 
 import functools
-import os
 import re
 import runpy
 import shutil
@@ -103,7 +102,7 @@ def folder(
 
 
 def smaller(command: Command, output: Path) -> list[str]:
-    """The arguments of an ``rrsq`` command, with :data:`OPTIONS` and :data:`WORDS` and its output elsewhere."""
+    """The arguments of an ``rrsq`` command with the values and words of above, and another output."""
     _, *words = command.words
     values = {**OPTIONS.get(words[0], {}), "-o": str(output)}
     arguments: list[str] = []
@@ -211,7 +210,8 @@ def test_inline_commands_name_subcommands_and_options_that_exist() -> None:
 def test_extraction_finds_commands_over_several_lines(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "```bash\nexport A=b\nrrsq x y \\\n    --z 1   # why\n```\n\n```\nrrsq z > f\nfolder/\n```\n`rrsq q`\n"
+        "```bash\nexport A=b\nrrsq x y \\\n    --z 1   # why\n```\n\n"
+        "```\nrrsq z > f\nfolder/\n```\n`rrsq q`\n"
     )
     first, second = commands(page)
     assert (first.words, first.environment) == (["rrsq", "x", "y", "--z", "1"], (("A", "b"),))
