@@ -40,10 +40,10 @@ class ErrorReportingGroup(TyperGroup):
 
 def describe_error(error: BaseException) -> tuple[str, str, int]:
     """Return the label, the message and the exit code for an exception."""
-    if _is_interruption(error):
-        return "Interrupted", "stopped by the user before it was done.", 1
     if isinstance(error, InterruptedRunError):
         return "Interrupted", str(error), error.exit_code
+    if _is_interruption(error):
+        return "Interrupted", "stopped by the user before it was done.", 1
     if isinstance(error, RRSQError):
         return "Error", str(error), error.exit_code
     if _is_disk_full(error):
