@@ -21,10 +21,10 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from conftest import VOCABULARY_SIZE, make_text, save_tiny_model
 from doc_pages import PAGES, REPOSITORY, Command, commands, fences, inline_code
 from rrsq.cli.app import app
 from tiny_calibration import calibrate_tiny
+from tiny_models import VOCABULARY_SIZE, make_text, save_tiny_model
 from tiny_quantized import quantize_tiny, recipe_of, save_tiny
 
 if TYPE_CHECKING:
