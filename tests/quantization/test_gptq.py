@@ -57,9 +57,10 @@ def textbook(W: Tensor, steps: Tensor, hessian: Tensor, damping: float, act_orde
 @pytest.mark.parametrize("group_size", [None, 4])
 def test_it_equals_the_textbook(group_size: int | None, act_order: bool, seed: int) -> None:
     W, H = weight_of(6, 24, seed), hessian_of(24, seed)
-    steps = choose_grid(W, group_size).steps(24)
+    grid = choose_grid(W, group_size)
+    steps = grid.steps(24)
     factor = factor_hessian(H, act_order=act_order, damping=0.01)
-    result = gptq_codes(W, steps, factor)
+    result = gptq_codes(W, grid, factor)
     assert result.used_gptq
     assert result.codes.dtype == torch.int8
     assert (result.codes.numpy() == textbook(W, steps, H, 0.01, act_order)).all()
@@ -69,8 +70,9 @@ def test_it_equals_the_textbook(group_size: int | None, act_order: bool, seed: i
 def test_lazy_updates_across_blocks_equal_the_textbook(act_order: bool) -> None:
     """300 channels are three blocks of at most 128; a tie that rounds otherwise may change a few codes."""
     W, H = weight_of(2, 300), hessian_of(300, tokens=900)
-    steps = choose_grid(W, None).steps(300)
-    codes = gptq_codes(W, steps, factor_hessian(H, act_order=act_order, damping=0.01)).codes
+    grid = choose_grid(W, None)
+    steps = grid.steps(300)
+    codes = gptq_codes(W, grid, factor_hessian(H, act_order=act_order, damping=0.01)).codes
     expected = torch.from_numpy(textbook(W, steps, H, 0.01, act_order))
     assert float((codes != expected).double().mean()) < 0.02
     reference = hessian_error(W, expected, steps, H)
@@ -84,8 +86,9 @@ def test_it_is_never_worse_than_rounding(
     channels: int, group_size: int | None, act_order: bool, seed: int
 ) -> None:
     W, H = weight_of(16, channels, seed), hessian_of(channels, seed)
-    steps = choose_grid(W, group_size).steps(channels)
-    codes = gptq_codes(W, steps, factor_hessian(H, act_order=act_order, damping=0.01)).codes
+    grid = choose_grid(W, group_size)
+    steps = grid.steps(channels)
+    codes = gptq_codes(W, grid, factor_hessian(H, act_order=act_order, damping=0.01)).codes
     assert int(codes.min()) >= -8
     assert int(codes.max()) <= 7
     assert hessian_error(W, codes, steps, H) < 0.9 * hessian_error(W, round_to_grid(W, steps), steps, H)
@@ -114,9 +117,10 @@ def test_the_factor_is_the_cholesky_factor_of_the_inverse(act_order: bool) -> No
 @pytest.mark.parametrize("act_order", [False, True])
 def test_a_diagonal_hessian_means_rounding_to_nearest(act_order: bool) -> None:
     W = weight_of(7, 150)
-    steps = choose_grid(W, None).steps(150)
+    grid = choose_grid(W, None)
+    steps = grid.steps(150)
     H = torch.diag(torch.rand(150, generator=torch.Generator().manual_seed(0)) + 0.1)
-    result = gptq_codes(W, steps, factor_hessian(H, act_order=act_order, damping=0.01))
+    result = gptq_codes(W, grid, factor_hessian(H, act_order=act_order, damping=0.01))
     assert result.used_gptq
     assert torch.equal(result.codes, round_to_grid(W, steps))
 
@@ -127,11 +131,12 @@ def test_dead_channels_get_zeros_and_disturb_nothing(act_order: bool) -> None:
     dead = torch.tensor([0, 7, 31])
     H[dead] = 0
     H[:, dead] = 0
-    steps = choose_grid(W, None).steps(32)
+    grid = choose_grid(W, None)
+    steps = grid.steps(32)
     factor = factor_hessian(H, act_order=act_order, damping=1e-4)
     assert factor is not None
     assert factor.dead.nonzero().flatten().tolist() == dead.tolist()
-    codes = gptq_codes(W, steps, factor).codes
+    codes = gptq_codes(W, grid, factor).codes
     assert not codes[:, dead].any()
     alive = torch.tensor([k for k in range(32) if k not in dead.tolist()])
     # The dead diagonal of one enters the mean that damping is relative to, hence the explicit number.
@@ -152,8 +157,9 @@ def test_a_singular_hessian_gets_more_damping() -> None:
     assert factor is not None
     assert factor.damping > 1e-8
     W = weight_of(4, 64)
-    steps = choose_grid(W, None).steps(64)
-    codes = gptq_codes(W, steps, factor).codes
+    grid = choose_grid(W, None)
+    steps = grid.steps(64)
+    codes = gptq_codes(W, grid, factor).codes
     assert hessian_error(W, codes, steps, H) < hessian_error(W, round_to_grid(W, steps), steps, H)
 
 
@@ -181,8 +187,9 @@ def test_a_hessian_that_is_not_finite_falls_back(position: tuple[int, int], valu
 
 def test_without_a_factor_it_rounds() -> None:
     W = weight_of(4, 16)
-    steps = choose_grid(W, None).steps(16)
-    result = gptq_codes(W, steps, None)
+    grid = choose_grid(W, None)
+    steps = grid.steps(16)
+    result = gptq_codes(W, grid, None)
     assert not result.used_gptq
     assert torch.equal(result.codes, round_to_grid(W, steps))
 

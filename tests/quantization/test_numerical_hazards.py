@@ -277,9 +277,10 @@ def test_hazardous_hessians(name: str, act_order: bool) -> None:
     """In the Hessian's norm GPTQ is no worse than rounding to nearest, or it says that it fell back."""
     hessian = matrices()[name]
     weight = torch.randn(10, 48, generator=torch.Generator().manual_seed(2))
-    steps = choose_grid(weight, None).steps(48)
+    grid = choose_grid(weight, None)
+    steps = grid.steps(48)
     factor = factor_hessian(hessian, act_order=act_order, damping=0.01)
-    result = gptq_codes(weight, steps, factor)
+    result = gptq_codes(weight, grid, factor)
     assert int(result.codes.min()) >= CODE_MIN
     assert int(result.codes.max()) <= CODE_MAX
     nearest = round_to_grid(weight, steps)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.dispatch import Call, resolve
 from .checks import is_finite
 from .cholesky import cholesky_, invert_lower_, permuted, reverse_
-from .grid import round_to_grid
+from .grid import WeightGrid, round_to_grid
 
 __all__ = ["GPTQResult", "HessianFactor", "factor_hessian", "gptq_codes"]
 
@@ -81,23 +81,23 @@ def factor_hessian(hessian: Tensor, *, act_order: bool, damping: float) -> Hessi
     return None
 
 
-def gptq_codes(weight: Tensor, steps: Tensor, factor: HessianFactor | None) -> GPTQResult:
-    """Round a weight on given steps, feeding each channel's error into the channels not yet rounded.
+def gptq_codes(weight: Tensor, grid: WeightGrid, factor: HessianFactor | None) -> GPTQResult:
+    """Round a weight to a grid, feeding each channel's error into the channels not yet rounded.
 
     Lazy batched updates (section 3.3): within blocks of 128 channels the feedback is applied at once, to the
     rest of the matrix once a block.
 
     Args:
         weight: float32 ``[out, in]``.
-        steps: float32 ``[out, in]``, the grid's step of each element.
+        grid: of the weight.
         factor: from :func:`factor_hessian`; None rounds to nearest.
     """
+    in_features = weight.shape[1]
     if factor is None:
-        return GPTQResult(round_to_grid(weight, steps), used_gptq=False)
-    W = weight.masked_fill(factor.dead, 0.0)[:, factor.order]
+        return GPTQResult(round_to_grid(weight, grid.steps(in_features)), used_gptq=False)
+    W = weight[:, factor.order].masked_fill_(factor.dead[factor.order], 0.0)
     codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
     finite = torch.ones((), dtype=torch.bool, device=W.device)
-    in_features = W.shape[1]
     for start in range(0, in_features, _BLOCK):
         stop = min(start + _BLOCK, in_features)
         channels = factor.order[start:stop]
@@ -107,12 +107,14 @@ def gptq_codes(weight: Tensor, steps: Tensor, factor: HessianFactor | None) -> G
             Call("gptq_block", W.device, (("block", W.dtype),), (("channels", stop - start),))
         )
         block_codes, errors = round_block(
-            block, steps[:, channels].t().contiguous(), factor.upper[start:stop, start:stop]
+            block,
+            grid.steps_of(channels, in_features).t().contiguous(),
+            factor.upper[start:stop, start:stop],
         )
         finite &= torch.isfinite(errors).all()
         codes[:, channels] = block_codes.t().to(torch.int8)
         if stop < in_features:
             W[:, stop:].addmm_(errors.t(), factor.upper[start:stop, stop:], alpha=-1.0)
     if not bool(finite):
-        return GPTQResult(round_to_grid(weight, steps), used_gptq=False)
+        return GPTQResult(round_to_grid(weight, grid.steps(in_features)), used_gptq=False)
     return GPTQResult(codes, used_gptq=True)

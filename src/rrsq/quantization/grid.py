@@ -44,6 +44,13 @@ class WeightGrid:
         per_group = self.scale.unsqueeze(1) * self.multiplier.float()
         return per_group.repeat_interleave(in_features // self.multiplier.shape[1], 1)
 
+    def steps_of(self, channels: Tensor, in_features: int) -> Tensor:
+        """The columns ``channels`` (int64 ``[n]``) of :meth:`steps`, float32 ``[out, n]``."""
+        if self.multiplier is None:
+            return self.scale.unsqueeze(1).expand(-1, len(channels))
+        group = channels // (in_features // self.multiplier.shape[1])
+        return self.scale.unsqueeze(1) * self.multiplier[:, group].float()
+
 
 def choose_grid(weight: Tensor, group_size: int | None, *, search: bool = True) -> WeightGrid:
     """Choose the steps of a weight.

@@ -138,10 +138,11 @@ def _layer_peak(
         left -= _FLOAT * count
         waiting -= kept
         hessian = _FLOAT * channels**2 if kept else 0
-        # The stacked weight in float32 is there while its grid is searched; then the steps and GPTQ's own
-        # copy too, codes of a byte, and the factor of the Hessian.
+        # The stacked weight in float32 is there while its grid is searched; then GPTQ's own copy, codes of a
+        # byte and the factor of the Hessian; then the codes, their steps and what they stand for.
         searched = _FLOAT * count + _SEARCHED * min(_PIECE, count)
-        peaks.append(left + waiting + max(hessian + searched, 2 * hessian + 13 * count))
+        rounded = 2 * hessian + 9 * count if kept else 0
+        peaks.append(left + waiting + max(hessian + searched, rounded, hessian + 13 * count))
         left += count // 2
     mixture = _mixture(layer, family)
     if mixture:

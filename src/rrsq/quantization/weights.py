@@ -64,12 +64,11 @@ def quantize_weight(weight: Tensor, recipe: Weights, hessian: Tensor | None) -> 
         grid = choose_grid(
             weight, group_size_for(recipe.group_size, weight.shape[1]), search=recipe.clip_search
         )
-        steps = grid.steps(weight.shape[1])
         if recipe.method == "rtn" or hessian is None:
-            codes = round_to_grid(weight, steps)
+            codes = round_to_grid(weight, grid.steps(weight.shape[1]))
             return QuantizedWeight(codes, grid.scale, grid.multiplier, recipe.method != "rtn", 0.0)
         factor = factor_hessian(hessian, act_order=recipe.act_order, damping=recipe.damping)
-        result = gptq_codes(weight, steps, factor)
+        result = gptq_codes(weight, grid, factor)
         damping = factor.damping if factor is not None else 0.0
         return QuantizedWeight(result.codes, grid.scale, grid.multiplier, not result.used_gptq, damping)
 
