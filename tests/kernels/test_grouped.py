@@ -2,107 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch import Tensor
 
 from rrsq import kernels
-from rrsq.kernels import Routing, pack_int4, route_rows
+from rrsq.kernels import Routing, route_rows
 from rrsq.kernels.dispatch import Call, explain
 from rrsq.kernels.eager.packing import weight_operand
 
+from .grouped_problems import ROUTINGS, draw_experts, make_grouped, run
 from .problems import relative_error
 
 pytest.importorskip("triton")
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-ROUTINGS = ("random", "one_expert", "last_expert_only", "every_other", "skewed")
-
-
-@dataclass
-class GroupedProblem:
-    """Operands of ``grouped_linear`` and what it must give, in float64."""
-
-    operand: Tensor
-    scale: Tensor
-    experts: Tensor
-    rows_per_token: int
-    packed: Tensor
-    weight_scale: Tensor
-    multiplier: Tensor | None
-    expected: Tensor
-
-
-def draw_experts(kind: str, rows: int, num_experts: int, generator: torch.Generator) -> Tensor:
-    if kind == "one_expert":
-        return torch.zeros(rows, dtype=torch.int64)
-    if kind == "last_expert_only":
-        return torch.full((rows,), num_experts - 1)
-    experts = torch.randint(0, num_experts, (rows,), generator=generator)
-    if kind == "every_other":
-        return experts // 2 * 2
-    if kind == "skewed":
-        return torch.where(torch.rand(rows, generator=generator) < 0.7, 1 % num_experts, experts)
-    return experts
-
-
-def make_grouped(
-    tokens: int,
-    num_experts: int,
-    out_features: int,
-    in_features: int,
-    group_size: int | None = 32,
-    rows_per_token: int = 1,
-    kind: str = "random",
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-) -> GroupedProblem:
-    """Draw a problem; ``expected`` is one float64 product a row."""
-    generator = torch.Generator().manual_seed(seed)
-    operand = torch.randint(-126, 127, (tokens, in_features), generator=generator, dtype=torch.int8)
-    codes = torch.randint(-8, 8, (num_experts, out_features, in_features), generator=generator)
-    scale = torch.rand(tokens, generator=generator) + 0.1
-    weight_scale = torch.rand(num_experts, out_features, generator=generator) * 1e-3
-    experts = draw_experts(kind, tokens * rows_per_token, num_experts, generator)
-    packed = torch.stack([pack_int4(matrix) for matrix in codes])
-    weight, multiplier = codes.double(), None
-    if group_size is not None:
-        shape = (num_experts, out_features, in_features // group_size)
-        multiplier = torch.randint(1, 16, shape, generator=generator, dtype=torch.uint8)
-        weight = weight * multiplier.double().repeat_interleave(group_size, 2)
-    rows = torch.arange(tokens * rows_per_token) // rows_per_token
-    expected = torch.empty(len(rows), out_features, dtype=torch.float64)
-    for row, (token, expert) in enumerate(zip(rows.tolist(), experts.tolist(), strict=True)):
-        sums = weight[expert] @ operand[token].double()
-        expected[row] = sums * scale[token].double() * weight_scale[expert].double()
-    return GroupedProblem(
-        operand.to(device),
-        scale.to(device),
-        experts.to(device),
-        rows_per_token,
-        packed.to(device),
-        weight_scale.to(device),
-        None if multiplier is None else multiplier.to(device),
-        expected.to(device),
-    )
-
-
-def run(problem: GroupedProblem, backend: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    with kernels.use_kernels(backend):
-        return kernels.grouped_linear(
-            problem.operand,
-            problem.scale,
-            None,
-            1,
-            route_rows(problem.experts, problem.packed.shape[0]),
-            problem.rows_per_token,
-            problem.packed,
-            problem.weight_scale,
-            problem.multiplier,
-            dtype,
-        )
 
 
 def check_blocks(routing: Routing, num_experts: int) -> None:
@@ -230,63 +143,16 @@ def test_an_unpacked_weight_gives_the_same():
     assert torch.equal(actual, run(p, "eager"))
 
 
-@pytest.mark.parametrize("tokens_per_set", [1, 4, 128])
-def test_real_group_scales_run_expert_by_expert(tokens_per_set, device, generator):
-    problem = make_grouped(10, 4, 24, 128, rows_per_token=2, device=device)
-    group_scale = (torch.rand(-(-10 // tokens_per_set), 4, generator=generator) + 0.1).to(device)
-    actual = kernels.grouped_linear(
-        problem.operand,
-        problem.scale,
-        group_scale,
-        tokens_per_set,
-        route_rows(problem.experts, 4),
-        2,
-        problem.packed,
-        problem.weight_scale,
-        problem.multiplier,
-        torch.float32,
-    )
-    for row, expert in enumerate(problem.experts.tolist()):
-        token = row // 2
-        weight = weight_operand(problem.packed[expert].cpu(), problem.multiplier[expert].cpu()).double()
-        smoothing = group_scale[token // tokens_per_set].cpu().double().repeat_interleave(32)
-        expected = weight @ (problem.operand[token].cpu().double() * smoothing)
-        expected *= problem.scale[token].cpu().double() * problem.weight_scale[expert].cpu().double()
-        assert relative_error(actual[row : row + 1].cpu(), expected[None]) < 1e-5
-
-
-def test_16_bit_activations_run_expert_by_expert(device, generator):
-    problem = make_grouped(10, 4, 24, 128, rows_per_token=2, device=device)
-    x = torch.randn(10, 128, generator=generator).to(device)
-    actual = kernels.grouped_linear(
-        x,
-        None,
-        None,
-        1,
-        route_rows(problem.experts, 4),
-        2,
-        problem.packed,
-        problem.weight_scale,
-        problem.multiplier,
-        torch.float32,
-    )
-    for row, expert in enumerate(problem.experts.tolist()):
-        weight = weight_operand(problem.packed[expert].cpu(), problem.multiplier[expert].cpu()).double()
-        weight = weight * problem.weight_scale[expert].cpu().double()[:, None]
-        expected = weight @ x[row // 2].cpu().double()
-        assert relative_error(actual[row : row + 1].cpu(), expected[None]) < 1e-5
-
-
 def test_the_dispatch_says_why_a_call_runs_expert_by_expert():
-    sizes = (("in_features", 96), ("weight_group_size", 24), ("group_scale", 3))
-    call = Call("grouped_linear", torch.device("cpu"), (("operand", torch.bfloat16),), sizes)
+    sizes = (("in_features", 96), ("weight_group_size", 24), ("group_size", 32))
+    call = Call("grouped_linear", torch.device("cpu"), (("operand", torch.float32),), sizes)
     triton, eager = explain(call)
     assert (triton.kernel.backend, eager.kernel.backend) == ("triton", "eager")
     assert eager.reasons == ()
     for reason in (
-        "operand of torch.bfloat16 is not supported",
+        "operand of torch.float32 is not supported",
         "in_features = 96 is not a multiple of 64",
         "weight_group_size = 24 is not a power of two",
-        "group_scale is not supported",
+        "group_size = 32 is less than 128",
     ):
         assert reason in triton.reasons

@@ -74,8 +74,6 @@ class Constraints:
     at_most: Mapping[str, int] = field(default_factory=dict)
     power_of_two: frozenset[str] = frozenset()
     """Sizes that must be powers of two."""
-    unsupported: frozenset[str] = frozenset()
-    """Sizes of optional arguments that must not be given."""
 
     def violations(self, call: Call) -> list[str]:
         """Return why ``call`` cannot be served, one phrase a reason; empty when it can."""
@@ -109,8 +107,6 @@ class Constraints:
                 yield f"{name} = {size} is more than {self.at_most[name]}"
             if name in self.power_of_two and size & (size - 1):
                 yield f"{name} = {size} is not a power of two"
-            if name in self.unsupported:
-                yield f"{name} is not supported"
 
 
 @dataclass(frozen=True)

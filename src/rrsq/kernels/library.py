@@ -82,7 +82,8 @@ def _of_scaled_groups(codes: Tensor, named: dict[str, Any]) -> Sizes:
 
 
 def _of_experts(operand: Tensor, named: dict[str, Any]) -> Sizes:
-    group = () if named["group_scale"] is None else (("group_scale", named["group_scale"].shape[1]),)
+    groups = named["group_scale"]
+    group = () if groups is None else (("group_size", operand.shape[1] // groups.shape[1]),)
     rows = named["experts"].shape[0]
     return *weight_sizes(rows, named["weight_packed"], named["weight_multiplier"]), *group
 

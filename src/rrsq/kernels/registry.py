@@ -60,11 +60,14 @@ _TRITON_KERNELS = (
         "grouped_linear",
         "grouped",
         _on_gpu(
-            dtypes={"operand": frozenset({torch.int8}), "out_dtype": _FLOATING},
+            dtypes={
+                "operand": frozenset({torch.int8, torch.float16, torch.bfloat16}),
+                "out_dtype": _FLOATING,
+            },
             divisible={"in_features": 64},
-            at_least={"weight_group_size": 16},
-            power_of_two=frozenset({"weight_group_size"}),
-            unsupported=frozenset({"group_scale"}),
+            at_least={"weight_group_size": 16, "group_size": 128},  # A whole packing block.
+            at_most={"group_size": 256},
+            power_of_two=frozenset({"weight_group_size", "group_size"}),
         ),
     ),
 )

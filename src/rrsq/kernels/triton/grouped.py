@@ -1,4 +1,4 @@
-"""Launching the products of a mixture of experts."""
+"""The products of a mixture of experts; launching those of integers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ from ..eager.packing import pack_block
 from ..routing import Routing
 from .device import compiled
 from .gemv_kernel import ROWS
+from .grouped_float import launch_float
 from .grouped_kernel import grouped_gemm_kernel, grouped_gemv_kernel
+from .grouped_plans import float_plan, integer_plan
 from .launch import chunk_words
 from .plans import FusedPlan, GemvPlan
-from .workspace import MAXIMUM_COUNTERS, counters
+from .workspace import split_sums
 
-__all__ = ["grouped_linear", "grouped_plan", "launch_grouped"]
-
-_GEMV = GemvPlan(chunks=32, warps=2)
-# Tiles that keep every multiprocessor of a large GPU busy while another one's loads are on their way.
-_ENOUGH_TILES = 512
+__all__ = ["grouped_linear", "launch_grouped"]
 
 
 def grouped_linear(
     operand: Tensor,
-    scale: Tensor,
-    group_scale: None,
+    scale: Tensor | None,
+    group_scale: Tensor | None,
     tokens_per_set: int,
     experts: Tensor,
     order: Tensor,
@@ -40,39 +38,22 @@ def grouped_linear(
     out_dtype: torch.dtype,
     unpacked: Tensor | None,
 ) -> Tensor:
-    """See :func:`rrsq.kernels.grouped_linear`; integer-folded operands only."""
+    """See :func:`rrsq.kernels.grouped_linear`."""
     num_experts, out_features, row_bytes = weight_packed.shape
     out = torch.empty(experts.shape[0], out_features, dtype=out_dtype, device=operand.device)
-    if experts.shape[0]:
-        routing = Routing(experts, order, start, ends, blocks, block_rows)
-        likely = min(experts.shape[0], num_experts)
-        launch_grouped(
-            grouped_plan(block_rows, likely, out_features, row_bytes),
-            operand.contiguous(),
-            scale,
-            routing,
-            rows_per_token,
-            weight_packed,
-            weight_scale,
-            weight_multiplier,
-            out,
-        )
+    if not experts.shape[0]:
+        return out
+    operand = operand.contiguous()
+    routing = Routing(experts, order, start, ends, blocks, block_rows)
+    sizes = block_rows, min(experts.shape[0], num_experts), out_features, row_bytes
+    weight = weight_packed, weight_scale, weight_multiplier
+    if scale is None or group_scale is not None:
+        group_size = None if group_scale is None else operand.shape[1] // group_scale.shape[1]
+        scales = scale, group_scale, tokens_per_set
+        launch_float(float_plan(*sizes, group_size), operand, *scales, routing, rows_per_token, *weight, out)
+    else:
+        launch_grouped(integer_plan(*sizes), operand, scale, routing, rows_per_token, *weight, out)
     return out
-
-
-def grouped_plan(block_rows: int, likely: int, out_features: int, row_bytes: int) -> GemvPlan | FusedPlan:
-    """The plan for blocks of ``block_rows`` rows, of which ``likely`` will be needed or more.
-
-    All need less than 100 KiB of shared memory. K is split where the output alone has too few tiles.
-    """
-    if block_rows == 1:
-        return _GEMV
-    if block_rows == 128:
-        return FusedPlan(128, 128, 64, 1, 4, 3)
-    split = 1
-    while likely * triton.cdiv(out_features, 64) * split < _ENOUGH_TILES and 512 * split <= row_bytes:
-        split *= 2
-    return FusedPlan(block_rows, 64, 128, split, 4, 4 if block_rows == 16 else 3)
 
 
 def launch_grouped(
@@ -114,13 +95,7 @@ def launch_grouped(
         return
     blocks = routing.blocks.shape[0]
     tiles_out = triton.cdiv(out_features, plan.block_out)
-    split = min(plan.split, triton.cdiv(packed.shape[2], plan.block_bytes))
-    split = split if blocks * tiles_out <= MAXIMUM_COUNTERS else 1
-    partial = meeting = scale
-    if split > 1:
-        size = blocks * tiles_out * split * plan.block_out * plan.block_tokens
-        partial = torch.empty(size, dtype=torch.int32, device=operand.device)
-        meeting = counters(blocks * tiles_out, operand.device)
+    split, partial, meeting = split_sums(plan, blocks * tiles_out, packed.shape[2], torch.int32, scale)
     grouped_gemm_kernel[(blocks, tiles_out, split)](
         operand,
         scale,

@@ -13,7 +13,19 @@ import triton.language as tl
 from .gemv_kernel import multiply_rows
 from .packed_gemm_kernel import add_parts, multiply_packed
 
-__all__ = ["grouped_gemm_kernel", "grouped_gemv_kernel"]
+__all__ = ["grouped_gemm_kernel", "grouped_gemv_kernel", "rows_of_block"]
+
+
+@triton.jit
+def rows_of_block(expert, block, order_pointer, start_pointer, ends_pointer, BLOCK_ROWS: tl.constexpr):
+    """Rows of a block of the table (:class:`rrsq.kernels.routing.Routing`) that is needed.
+
+    Returns int64 ``[BLOCK_ROWS]``, the last row of the expert behind its end, and which of them are present.
+    """
+    before = tl.load(ends_pointer + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(start_pointer + expert + 1)
+    position = tl.load(start_pointer + expert) + (block - before) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    return tl.load(order_pointer + tl.minimum(position, end - 1)), position < end
 
 
 @triton.jit(do_not_specialize=["blocks", "num_experts"])
@@ -56,10 +68,7 @@ def grouped_gemm_kernel(
     expert = tl.load(blocks_pointer + block)
     if expert == num_experts:
         return
-    before = tl.load(ends_pointer + expert - 1, mask=expert > 0, other=0)
-    last_position = tl.load(start_pointer + expert + 1)
-    position = tl.load(start_pointer + expert) + (block - before) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    y_row = tl.load(order_pointer + tl.minimum(position, last_position - 1))
+    y_row, present = rows_of_block(expert, block, order_pointer, start_pointer, ends_pointer, BLOCK_ROWS)
     x_row = y_row // ROWS_PER_TOKEN
     out = tile_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = expert * out_features + tl.minimum(out, out_features - 1)
@@ -69,7 +78,7 @@ def grouped_gemm_kernel(
         packed_pointer,
         multiplier_pointer,
         x_row,
-        position < last_position,
+        present,
         row,
         part * steps // SPLIT,
         (part + 1) * steps // SPLIT,
@@ -96,7 +105,7 @@ def grouped_gemm_kernel(
         scale = tl.load(scale_pointer + x_row)
         y = accumulator.to(tl.float32) * scale[None, :] * tl.load(weight_scale_pointer + row)[:, None]
         offset = y_row[None, :] * out_features + out[:, None]
-        mask = (position < last_position)[None, :] & (out < out_features)[:, None]
+        mask = present[None, :] & (out < out_features)[:, None]
         tl.store(out_pointer + offset, y.to(out_pointer.dtype.element_ty), mask=mask)
 
 

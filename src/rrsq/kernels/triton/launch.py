@@ -17,7 +17,7 @@ from .int8_gemm_kernel import int8_gemm_descriptor_kernel, int8_gemm_kernel
 from .packed_gemm_kernel import packed_gemm_kernel
 from .plans import FusedPlan, GemvPlan, Plan, TwoPassPlan
 from .unpack_kernel import unpack_kernel, unpack_words_kernel
-from .workspace import MAXIMUM_COUNTERS, counters
+from .workspace import split_sums
 
 __all__ = ["chunk_words", "dequantize", "int8_gemm", "launch", "supports_words", "unpack"]
 
@@ -160,13 +160,7 @@ def _fused(
     tokens, in_features = operand.shape
     out_features, row_bytes = packed.shape
     tiles_token, tiles_out = triton.cdiv(tokens, plan.block_tokens), triton.cdiv(out_features, plan.block_out)
-    tiles = tiles_token * tiles_out
-    split = min(plan.split, triton.cdiv(row_bytes, plan.block_bytes)) if tiles <= MAXIMUM_COUNTERS else 1
-    partial = meeting = scale
-    if split > 1:
-        size = tiles * split * plan.block_out * plan.block_tokens
-        partial = torch.empty(size, dtype=torch.int32, device=operand.device)
-        meeting = counters(tiles, operand.device)
+    split, partial, meeting = split_sums(plan, tiles_token * tiles_out, row_bytes, torch.int32, scale)
     packed_gemm_kernel[(tiles_token, tiles_out, split)](
         operand,
         scale,

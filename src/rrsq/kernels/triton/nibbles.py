@@ -13,7 +13,7 @@ by 16 at the end, exactly.
 import triton
 import triton.language as tl
 
-__all__ = ["scaled_high", "scaled_low", "sixteenfold_high", "sixteenfold_low"]
+__all__ = ["float_codes", "scaled_high", "scaled_low", "sixteenfold_high", "sixteenfold_low"]
 
 _SCALED = """
 {{
@@ -79,3 +79,21 @@ def sixteenfold_high(packed, PTX: tl.constexpr):
         )
     else:
         return (((packed >> 4).to(tl.int32) - 8) * 16).to(tl.int8)
+
+
+@triton.jit
+def float_codes(nibble, multiplier, dtype: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr):
+    """``code * multiplier`` in ``dtype``, float16 or bfloat16; exact. Without groups ``code``.
+
+    A nibble in the last bits of the mantissa of 2^7 or 2^10 is that power plus the nibble: no integer is
+    converted. Without ``PTX`` the result is float32, since the interpreter does not compute in bfloat16.
+    """
+    if not PTX:
+        code = (nibble.to(tl.int32) - 8).to(tl.float32)
+    elif dtype == tl.bfloat16:
+        code = (nibble.to(tl.uint16) | 0x4300).to(dtype, bitcast=True) - 136
+    else:
+        code = (nibble.to(tl.uint16) | 0x6400).to(dtype, bitcast=True) - 1032
+    if GROUP > 0:
+        code *= multiplier.to(code.dtype)
+    return code

@@ -13,13 +13,97 @@ import triton.language as tl
 
 from .nibbles import scaled_high, scaled_low, sixteenfold_high, sixteenfold_low
 
-__all__ = ["add_parts", "multiply_packed", "packed_gemm_kernel"]
+__all__ = ["add_parts", "multiply_packed", "packed_gemm_kernel", "read_step", "unpack_step"]
 
 
 @triton.jit
 def _spread(multiplier, ROWS: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr):
     """Repeat each of ``[ROWS, GROUPS]`` multipliers ``SPAN`` times along the row."""
     return tl.broadcast_to(multiplier[:, :, None], [ROWS, GROUPS, SPAN]).reshape(ROWS, GROUPS * SPAN)
+
+
+@triton.jit
+def read_step(
+    operand_pointer,
+    packed_pointer,
+    multiplier_pointer,
+    x_row,
+    present,
+    row,
+    step,
+    in_features,
+    HALF: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    EVEN: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """One step of K: packed bytes of the weight, its multipliers, and the channels that the nibbles meet.
+
+    Arguments are those of :func:`multiply_packed`. Returns uint8 ``[BLOCK_OUT, BLOCK_BYTES]``; uint8 of the
+    same shape for low and for high nibbles (anything without multipliers); and the operand of low and of high
+    nibbles ``[BLOCK_BYTES, BLOCK_TOKENS]``.
+    """
+    row_bytes = tl.multiple_of(in_features // 2, 16)
+    byte = step * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
+    channel = (byte // HALF) * (2 * HALF) + byte % HALF
+    channel = tl.max_contiguous(tl.multiple_of(channel, 16), 16)
+    packed_pointers = packed_pointer + (row * row_bytes)[:, None] + byte[None, :]
+    x_pointers = operand_pointer + (x_row * in_features)[None, :] + channel[:, None]
+    if EVEN:
+        packed = tl.load(packed_pointers)
+        if FULL:
+            x_low = tl.load(x_pointers)
+            x_high = tl.load(x_pointers + HALF)
+        else:
+            x_low = tl.load(x_pointers, mask=present[None, :], other=0)
+            x_high = tl.load(x_pointers + HALF, mask=present[None, :], other=0)
+    else:
+        packed = tl.load(packed_pointers, mask=(byte < row_bytes)[None, :], other=0)
+        inside = (byte < row_bytes)[:, None] & present[None, :]
+        x_low = tl.load(x_pointers, mask=inside, other=0)
+        x_high = tl.load(x_pointers + HALF, mask=inside, other=0)
+    low_multiplier = packed
+    high_multiplier = packed
+    if GROUP > 0:
+        # A step's multipliers are neighbours in memory: one small pipelined load, split in registers.
+        MULTIPLIERS: tl.constexpr = 2 * BLOCK_BYTES // GROUP if 2 * BLOCK_BYTES > GROUP else 1
+        SPAN: tl.constexpr = GROUP if GROUP < HALF else HALF
+        groups = in_features // GROUP
+        if GROUP == 32 and HALF == 64:
+            groups = tl.multiple_of(groups, 4)
+        group = step * (2 * BLOCK_BYTES) // GROUP + tl.arange(0, MULTIPLIERS)
+        if not EVEN:
+            group = tl.minimum(group, groups - 1)
+        multiplier = tl.load(multiplier_pointer + (row * groups)[:, None] + group[None, :])
+        if GROUP <= HALF:
+            halves = multiplier.reshape(BLOCK_OUT, BLOCK_BYTES // HALF, 2, HALF // SPAN).permute(0, 1, 3, 2)
+            low_each, high_each = tl.split(halves)
+            low_each = low_each.reshape(BLOCK_OUT, BLOCK_BYTES // SPAN)
+            high_each = high_each.reshape(BLOCK_OUT, BLOCK_BYTES // SPAN)
+        else:
+            REPEAT: tl.constexpr = BLOCK_BYTES // HALF // MULTIPLIERS
+            low_each = _spread(multiplier, BLOCK_OUT, MULTIPLIERS, REPEAT)
+            high_each = low_each
+        low_multiplier = _spread(low_each, BLOCK_OUT, BLOCK_BYTES // SPAN, SPAN)
+        high_multiplier = _spread(high_each, BLOCK_OUT, BLOCK_BYTES // SPAN, SPAN)
+    return packed, low_multiplier, high_multiplier, x_low, x_high
+
+
+@triton.jit
+def unpack_step(packed, low_multiplier, high_multiplier, GROUP: tl.constexpr, PTX: tl.constexpr):
+    """Low and high nibbles of a step times their multipliers as int8; 16 times their codes without any.
+
+    For 8-bit products only: the registers that these take hold four codes of one row.
+    """
+    if GROUP > 0:
+        low = scaled_low(packed, low_multiplier, PTX)
+        high = scaled_high(packed, high_multiplier, PTX)
+    else:
+        low = sixteenfold_low(packed, PTX)
+        high = sixteenfold_high(packed, PTX)
+    return low, high
 
 
 @triton.jit
@@ -46,59 +130,29 @@ def multiply_packed(
     """``weight[row] @ operand[x_row].T`` over the steps ``first`` to ``last`` of K.
 
     ``row`` int64 ``[BLOCK_OUT]`` and ``x_row`` int64 ``[BLOCK_TOKENS]``, of which those that are ``present``
-    are read; ``FULL``: all. A step takes ``BLOCK_BYTES`` packed
-    bytes of each row, a multiple of ``HALF``; ``EVEN``: it divides the row. Returns int32
-    ``[BLOCK_OUT, BLOCK_TOKENS]``, 16 times the sums where there are no multipliers (``GROUP`` 0).
+    are read; ``FULL``: all. A step takes ``BLOCK_BYTES`` packed bytes of each row, a multiple of ``HALF``;
+    ``EVEN``: it divides the row. Returns int32 ``[BLOCK_OUT, BLOCK_TOKENS]``, 16 times the sums where there
+    are no multipliers (``GROUP`` 0).
     """
-    row_bytes = tl.multiple_of(in_features // 2, 16)
-    step_byte = tl.arange(0, BLOCK_BYTES)
     accumulator = tl.zeros([BLOCK_OUT, BLOCK_TOKENS], tl.int32)
     for step in tl.range(first, last, num_stages=STAGES):
-        byte = step * BLOCK_BYTES + step_byte
-        channel = (byte // HALF) * (2 * HALF) + byte % HALF
-        channel = tl.max_contiguous(tl.multiple_of(channel, 16), 16)
-        packed_pointers = packed_pointer + (row * row_bytes)[:, None] + byte[None, :]
-        x_pointers = operand_pointer + (x_row * in_features)[None, :] + channel[:, None]
-        if EVEN:
-            packed = tl.load(packed_pointers)
-            if FULL:
-                x_low = tl.load(x_pointers)
-                x_high = tl.load(x_pointers + HALF)
-            else:
-                x_low = tl.load(x_pointers, mask=present[None, :], other=0)
-                x_high = tl.load(x_pointers + HALF, mask=present[None, :], other=0)
-        else:
-            packed = tl.load(packed_pointers, mask=(byte < row_bytes)[None, :], other=0)
-            inside = (byte < row_bytes)[:, None] & present[None, :]
-            x_low = tl.load(x_pointers, mask=inside, other=0)
-            x_high = tl.load(x_pointers + HALF, mask=inside, other=0)
-        if GROUP > 0:
-            # A step's multipliers are neighbours in memory: one small pipelined load, split in registers.
-            MULTIPLIERS: tl.constexpr = 2 * BLOCK_BYTES // GROUP if 2 * BLOCK_BYTES > GROUP else 1
-            SPAN: tl.constexpr = GROUP if GROUP < HALF else HALF
-            groups = in_features // GROUP
-            if GROUP == 32 and HALF == 64:
-                groups = tl.multiple_of(groups, 4)
-            group = step * (2 * BLOCK_BYTES) // GROUP + tl.arange(0, MULTIPLIERS)
-            if not EVEN:
-                group = tl.minimum(group, groups - 1)
-            multiplier = tl.load(multiplier_pointer + (row * groups)[:, None] + group[None, :])
-            if GROUP <= HALF:
-                halves = multiplier.reshape(BLOCK_OUT, BLOCK_BYTES // HALF, 2, HALF // SPAN).permute(
-                    0, 1, 3, 2
-                )
-                low_multiplier, high_multiplier = tl.split(halves)
-                low_multiplier = low_multiplier.reshape(BLOCK_OUT, BLOCK_BYTES // SPAN)
-                high_multiplier = high_multiplier.reshape(BLOCK_OUT, BLOCK_BYTES // SPAN)
-            else:
-                REPEAT: tl.constexpr = BLOCK_BYTES // HALF // MULTIPLIERS
-                low_multiplier = _spread(multiplier, BLOCK_OUT, MULTIPLIERS, REPEAT)
-                high_multiplier = low_multiplier
-            low = scaled_low(packed, _spread(low_multiplier, BLOCK_OUT, BLOCK_BYTES // SPAN, SPAN), PTX)
-            high = scaled_high(packed, _spread(high_multiplier, BLOCK_OUT, BLOCK_BYTES // SPAN, SPAN), PTX)
-        else:
-            low = sixteenfold_low(packed, PTX)
-            high = sixteenfold_high(packed, PTX)
+        packed, low_multiplier, high_multiplier, x_low, x_high = read_step(
+            operand_pointer,
+            packed_pointer,
+            multiplier_pointer,
+            x_row,
+            present,
+            row,
+            step,
+            in_features,
+            HALF,
+            GROUP,
+            BLOCK_OUT,
+            BLOCK_BYTES,
+            EVEN,
+            FULL,
+        )
+        low, high = unpack_step(packed, low_multiplier, high_multiplier, GROUP, PTX)
         accumulator = tl.dot(low, x_low, accumulator, out_dtype=tl.int32)
         accumulator = tl.dot(high, x_high, accumulator, out_dtype=tl.int32)
     return accumulator
@@ -117,8 +171,9 @@ def add_parts(
 ):
     """Leave a part's sums in memory; the program that arrives last gets the total of its tile.
 
-    ``partial_pointer`` int32 ``[tiles, SPLIT, BLOCK_OUT, BLOCK_TOKENS]``; ``counter_pointer`` int32
-    ``[tiles]``, zero before and after. Returns whether this program is the last one, and the total if it is.
+    ``partial_pointer`` ``[tiles, SPLIT, BLOCK_OUT, BLOCK_TOKENS]`` of the sums' dtype; ``counter_pointer``
+    int32 ``[tiles]``, zero before and after. Returns whether this program is the last one, and the total if
+    it is.
     """
     TILE: tl.constexpr = BLOCK_OUT * BLOCK_TOKENS
     inside = tl.arange(0, BLOCK_OUT)[:, None] * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[None, :]
@@ -128,7 +183,7 @@ def add_parts(
     arrived = tl.atomic_add(counter_pointer + tile, 1, sem="acq_rel", scope="gpu")
     finished = arrived == SPLIT - 1
     if finished:
-        accumulator = tl.zeros([BLOCK_OUT, BLOCK_TOKENS], tl.int32)
+        accumulator = tl.zeros([BLOCK_OUT, BLOCK_TOKENS], accumulator.dtype)
         for other in tl.static_range(SPLIT):
             accumulator += tl.load(mine + other * TILE, cache_modifier=".cg")
         tl.store(counter_pointer + tile, 0)
