@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,13 @@ def run_big_model(command: Command, output: Path, monkeypatch: pytest.MonkeyPatc
     assert (output / "8b-w4" / "config.json").exists() == (action == "quantize")
 
 
+def run_expert_speed(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny mixture and few tokens."""
+    pairs = pairwise(command.words)
+    words = ["tiny" if before == "--mixture" else word for before, word in pairs]
+    run_script([*words, "--tokens", "1,3"], monkeypatch)
+
+
 def run_torchrun(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun reads its command line; the processes are forked, since each of its own imports torch anew."""
     from torch.distributed.run import parse_args
@@ -244,6 +252,7 @@ RUNNERS: dict[str, Runner] = {
     "rrsq ": run_rrsq,
     "python -m rrsq.lm_eval ": run_lm_eval,
     "python examples/big_model.py ": run_big_model,
+    "python examples/expert_speed.py ": run_expert_speed,
     "python examples/": run_example,
     "torchrun ": run_torchrun,
     "make ": run_make,
