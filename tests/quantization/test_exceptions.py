@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import rrsq
 from rrsq.errors import RecipeError
@@ -180,6 +181,20 @@ def test_a_pattern_that_matches_nothing_is_refused(setting: str, message: str, t
     recipe = recipe_of("rtn-w4a4", [setting])
     with pytest.raises(RecipeError, match=message):
         quantize_model(load_tiny(tiny_llama_dir), recipe, None)
+
+
+def test_an_odd_number_of_input_channels_is_refused_unless_it_is_kept(tiny_llama_dir: Path) -> None:
+    config: Any = load_tiny(tiny_llama_dir).config
+    config.intermediate_size = 33
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(
+        RecipeError, match=r"layers\.0\.down_proj' has 33 input channels.*to_not_convert"
+    ):
+        quantize_model(model, recipe_of("rtn-w4a4", []), None)
+    kept = recipe_of("rtn-w4a4", ["modules_to_not_convert=['*.down_proj']"])
+    quantized: Any = quantize_model(model, kept, None).model
+    assert type(quantized.model.layers[0].mlp.down_proj) is torch.nn.Linear
+    assert isinstance(quantized.model.layers[0].mlp.up_proj, QuantizedLinear)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from ..quantization.checks import check_stored
 from ..quantization.pipeline import quantize_model
 from ..quantization.projection import projected_memory
 from ..quantization.report import QuantizationReport
-from ..quantization.scheme import check_patterns
+from ..quantization.scheme import check_recipe
 from ..recipe import Recipe
 from ..storage import check_output, check_space, flush, library_versions, storage_errors
 from .format import CalibrationInfo, CheckpointInfo, parse_info
@@ -257,11 +257,11 @@ class _Production:
     def execute(self, max_shard_size: int, name: str, on_step: StepCallback, on_note: NoteCallback) -> None:
         """Quantize and fill the staging folder; the manifest's result says that it is done."""
         model = self.opened.model
+        check_recipe(self.recipe, family_for(model.config), model)
         layout = plan_shards(planned_tensors(model.config, self.opened.dtype, self.recipe), max_shard_size)
         files = ShardFiles(self.work.staging, layout)
         windows = None if self.calibration is None else self.calibration.windows
         stored = None if self.calibration is None else self.calibration.stored
-        check_patterns(self.recipe, family_for(model.config), model)
         if self.workers.rank == 0:
             self._prepare(files, on_note)
         self.workers.wait()

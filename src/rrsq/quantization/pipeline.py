@@ -46,7 +46,7 @@ from .measure import measure_layer, stored_statistics
 from .memory import PeakMemory
 from .needs import needs_calibration, needs_head_hessian
 from .report import LayerReport, QuantizationReport
-from .scheme import changes_linears, check_patterns, head_is_kept, treatment
+from .scheme import changes_linears, check_recipe, head_is_kept, treatment
 from .store import InMemoryStore, ModelStore
 from .weights import output_snr_db, quantize_weight
 
@@ -105,12 +105,13 @@ def quantize_model(
         CalibrationError: ``stored`` lacks what the recipe needs, or is damaged.
         DataError: the model has no embedding for a token of the windows.
         NonFiniteError: a weight or, on the calibration text, an activation is NaN or Inf, or becomes it.
-        RecipeError: the recipe's key offsets do not go with the model's RoPE, or a pattern matches nothing.
+        RecipeError: the recipe's key offsets do not go with the model's RoPE, a pattern matches
+            nothing, or a linear to quantize has an odd number of input channels.
         UnsupportedArchitectureError: no family is known for the model.
         UsageError: several workers for a mixture of experts, or more than there are windows.
     """
     check_rope(model.config, recipe)
-    check_patterns(recipe, family_for(model.config), model)
+    check_recipe(recipe, family_for(model.config), model)
     if stored is not None:
         check_stored(stored, recipe, seed)
     elif windows is None and needs_calibration(recipe):

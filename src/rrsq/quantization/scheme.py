@@ -18,6 +18,7 @@ __all__ = [
     "Treatment",
     "changes_linears",
     "check_patterns",
+    "check_recipe",
     "group_size_for",
     "head_is_kept",
     "input_scheme",
@@ -100,6 +101,30 @@ def check_patterns(recipe: Recipe, family: ModelFamily, model: nn.Module) -> Non
                     f"'{pattern}' in the recipe's {field} matches nothing in this model. The names are"
                     f" {', '.join(known)}; a '*' in a pattern stands for anything."
                 )
+
+
+def check_recipe(recipe: Recipe, family: ModelFamily, model: nn.Module) -> None:
+    """Refuse what a recipe cannot do to a model.
+
+    Raises:
+        RecipeError: a pattern matches nothing, or a linear to quantize has an odd number of input channels.
+    """
+    check_patterns(recipe, family, model)
+    _check_channels(recipe, family, model)
+
+
+def _check_channels(recipe: Recipe, family: ModelFamily, model: nn.Module) -> None:
+    for index, layer in enumerate(model.get_submodule(family.layers).children()):
+        name, shapes = family.layer_name(index), {k: p.shape for k, p in layer.named_parameters()}
+        for entry in family.inputs_in(layer):
+            for linear in treatment(recipe, name, entry).linears:
+                path = f"{entry.parent}.{linear}" if entry.parent else linear
+                channels = shapes[path if path in shapes else f"{path}.weight"][-1]
+                if channels % 2:
+                    raise RecipeError(
+                        f"'{name}.{path}' has {channels} input channels, and 4-bit codes are stored in pairs."
+                        " Name it in the recipe's modules_to_not_convert to keep it in 16 bits."
+                    )
 
 
 def input_scheme(activations: Activations, entry: LinearInput, channels: int) -> InputScheme:
