@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
@@ -128,6 +129,21 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
         attention_bias=True,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
         rope_parameters={name: dict(rope) for name, rope in GEMMA3_ROPE.items()},
+    ),
+    "gemma3": lambda: Gemma3Config(
+        text_config=TINY["gemma3_text"]().to_dict(),
+        vision_config={
+            "hidden_size": 20,
+            "intermediate_size": 28,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=VOCABULARY_SIZE - 3,
+        boi_token_index=VOCABULARY_SIZE - 2,
+        eoi_token_index=VOCABULARY_SIZE - 1,
     ),
     "olmo2": lambda: Olmo2Config(**{**LLAMA_LIKE, "hidden_size": 56}, attention_bias=True),
     "opt": lambda: OPTConfig(

@@ -22,6 +22,7 @@ SLIDING = {
     "qwen2 sliding": [1],
     "phi3": [0, 1],
     "gemma2": [0, 2],
+    "gemma3": [0, 1],
     "gemma3_text": [0, 1],
 }
 

@@ -66,7 +66,7 @@ class RRSQQuantizer(HfQuantizer):
         folder = Path(str(getattr(config, "_name_or_path", "")))
         if folder.is_dir():
             read_config(folder)
-            check_layers(folder, config.num_hidden_layers)
+            check_layers(folder, config.get_text_config().num_hidden_layers)
         return config
 
     # What transformers before 5.23 calls at the same point.

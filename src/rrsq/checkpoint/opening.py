@@ -38,12 +38,14 @@ class OpenedModel:
         weights: where they are.
         dtype: of its weights.
         fingerprint: of configuration and weights.
+        folder: where its files are; None where it was loaded as a whole.
     """
 
     model: Any
     weights: Weights
     dtype: torch.dtype
     fingerprint: ModelFingerprint
+    folder: Path | None = None
 
 
 def open_model(
@@ -85,7 +87,7 @@ def _open_shards(model: str, data_root: Path | None) -> OpenedModel:
     source = ShardSource(files, empty, source_dtype)
     _check_places(empty)
     fingerprint = ModelFingerprint(config_fingerprint(empty.config), source.check())
-    return OpenedModel(empty, StoredWeights(source), source_dtype, fingerprint)
+    return OpenedModel(empty, StoredWeights(source), source_dtype, fingerprint, folder)
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
@@ -151,7 +153,7 @@ def _dtype(config: Any, files: list[Path]) -> torch.dtype:
 def _check_places(model: Any) -> None:
     """All weights must be in modules that the pipeline opens."""
     family = family_for(model.config)
-    places = (family.embedding, family.positions, family.layers, family.final_norm, family.head)
+    places = (*family.places, *family.other_modules(model))
     for name in model.state_dict():
-        if not any(name.startswith(f"{place}.") for place in places if place is not None):
+        if not any(name.startswith(f"{place}.") for place in places):
             raise NotByLayerError(f"'{name}' is outside of its layers")

@@ -28,7 +28,7 @@ from .opening import NoteCallback, OpenedModel, open_model, planned_tensors
 from .shard_files import ShardFiles
 from .streaming import StreamingStore
 from .work_folder import WorkFolder, was_published, work_path
-from .writer import checkpoint_info, write_beside
+from .writer import checkpoint_info, copy_processor, write_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -294,6 +294,8 @@ class _Production:
         }
         if self.workers.rank == 0:
             write_beside(quantized, self.tokenizer, info, self.work.staging, layout)
+            if self.opened.folder is not None:
+                copy_processor(self.opened.folder, self.work.staging)
             flush(self.work.staging)
             self.work.save()
 

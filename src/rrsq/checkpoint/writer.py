@@ -21,7 +21,10 @@ from .card import model_card
 from .format import CalibrationInfo, CheckpointInfo, RotationInfo
 from .layout import ShardLayout
 
-__all__ = ["checkpoint_info", "write_beside", "write_checkpoint"]
+__all__ = ["checkpoint_info", "copy_processor", "write_beside", "write_checkpoint"]
+
+# How a model that sees wants its images, and where they stand in the text.
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
 
 def checkpoint_info(
@@ -101,6 +104,13 @@ def write_beside(
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     _write_text(quantized, tokenizer, info, folder)
+
+
+def copy_processor(source: Path, folder: Path) -> None:
+    """Copy what prepares images for a model, where it has such files."""
+    for name in _PROCESSOR:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _write_text(quantized: QuantizedModel, tokenizer: Any, info: CheckpointInfo, folder: Path) -> None:

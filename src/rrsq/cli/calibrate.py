@@ -195,7 +195,7 @@ def _state_sizes(model: Any, manifest: CalibrationManifest, output: Path) -> Non
     expected = expected_sizes(
         manifest.inputs,
         layers=manifest.layers,
-        hidden=model.config.hidden_size,
+        hidden=model.config.get_text_config().hidden_size,
         model_bytes=loaded,
         num_samples=manifest.num_samples,
         sequence_length=manifest.sequence_length,

@@ -59,9 +59,11 @@ def _overview(checkpoint: Path, config: dict[str, Any], info: CheckpointInfo) ->
     )
 
     exceptions = describe_exceptions(info)
+    text = config.get("text_config")
+    layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
     rows = (
         ("source", info.source_model),
-        ("architecture", f"{config.get('model_type')}, {config.get('num_hidden_layers')} layers"),
+        ("architecture", f"{config.get('model_type')}, {layers} layers"),
         ("recipe", info.recipe.name),
         ("weights", describe_weights(info)),
         ("activations", describe_activations(info)),

@@ -166,9 +166,33 @@ class ModelFamily:
         """The inputs that a decoder layer has."""
         return tuple(entry for entry in self.inputs if entry.is_in(layer))
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Module paths, from the model's root, of all that a quantization reads or changes."""
+        paths = (self.embedding, self.positions, self.layers, self.final_norm, self.head)
+        return tuple(path for path in paths if path is not None)
+
+    def other_modules(self, model: nn.Module) -> list[str]:
+        """Paths of the largest modules with weights outside of :attr:`places`, such as a vision tower."""
+        found: list[str] = []
+
+        def visit(path: str, module: nn.Module) -> None:
+            for name, child in module.named_children():
+                below = f"{path}.{name}".removeprefix(".")
+                if below in self.places:
+                    continue
+                if any(place.startswith(f"{below}.") for place in self.places):
+                    visit(below, child)
+                elif child.state_dict():
+                    found.append(below)
+
+        visit("", model)
+        return found
+
     def sizes(self, config: Any) -> ModelSizes:
         """The sizes of a model of this family."""
-        return ModelSizes.from_config(config, self.intermediate_size, self.more_intermediate(config))
+        text = config.get_text_config()
+        return ModelSizes.from_config(text, self.intermediate_size, self.more_intermediate(text))
 
     def layer_name(self, index: int) -> str:
         """Module path of a decoder layer, from the model's root."""

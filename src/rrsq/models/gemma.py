@@ -13,7 +13,7 @@ __all__ = ["GEMMA", "bidirectional"]
 
 def bidirectional(config: Any) -> str | None:
     """Why a Gemma of any generation is not covered: a model that embeds text sees the tokens to come."""
-    if getattr(config, "use_bidirectional_attention", False):
+    if getattr(config.get_text_config(), "use_bidirectional_attention", False):
         return "its attention is bidirectional, so it does not generate text"
     return None
 

@@ -8,7 +8,7 @@ from ..errors import UnsupportedArchitectureError
 from .family import ModelFamily
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
-from .gemma3 import GEMMA3
+from .gemma3 import GEMMA3, GEMMA3_TEXT
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
@@ -60,6 +60,7 @@ _ALL = (
     GEMMA,
     GEMMA2,
     GEMMA3,
+    GEMMA3_TEXT,
     LLAMA,
     MISTRAL,
     MIXTRAL,

@@ -102,9 +102,10 @@ def key_rotary(model: nn.Module, family: ModelFamily, index: int) -> KeyRotary |
     if family.rotary is None:
         return None
     config: Any = model.config
-    rope, options = getattr(config, "rope_parameters", None) or {}, {}
+    text = config.get_text_config()
+    rope, options = getattr(text, "rope_parameters", None) or {}, {}
     if family.rotary_by_layer_type:
-        options["layer_type"] = config.layer_types[index]
+        options["layer_type"] = text.layer_types[index]
         rope = rope[options["layer_type"]]
     long = rope.get("rope_type") == "longrope"
     switch = rope["original_max_position_embeddings"] if long else None

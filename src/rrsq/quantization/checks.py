@@ -69,7 +69,7 @@ def check_rope(config: Any, recipe: Recipe) -> None:
 
 def _rope_types(config: Any) -> set[str]:
     """The RoPE types of a configuration, which may differ by the layers' type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     sets = [parameters] if "rope_type" in parameters else list(parameters.values())
     return {entry["rope_type"] for entry in sets if isinstance(entry, dict) and "rope_type" in entry}
 

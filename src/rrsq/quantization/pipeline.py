@@ -217,6 +217,9 @@ class _Run:
             for path in paths:
                 self.store.drop(path)
             return hidden
+        for path in self.family.other_modules(self.model):
+            self.store.open(path)
+            self.store.close(path)
         fold_embedding(self.model, self.family, self.rotations)
         hidden = self._hidden_states(None)
         for path in paths:

@@ -86,10 +86,12 @@ def projected_memory(
     if batch and needs_hessian(recipe) and any(_mixture(layer, family) for _, layer in distinct.values()):
         routed = samples * tokens * hidden * _FLOAT  # What goes into the experts of a layer.
     ends = [model.get_submodule(path) for path in (family.embedding, family.head)]
+    others = [model.get_submodule(path) for path in family.other_modules(model)]
     folded = 0 if recipe.rotation is None else _FOLDED
     host = max(
         *(_bytes(layer) + routed for _, layer in distinct.values()),
         *(_bytes(module) + folded * _piece(module) for module in ends),
+        *(_bytes(module) for module in others),
         _bytes(ends[0]) + 3 * _FLOAT * batch * hidden,
     )
     return ProjectedMemory(device, host, samples * tokens * hidden * _STREAM, routed, offloaded)
