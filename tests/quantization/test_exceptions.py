@@ -183,6 +183,16 @@ def test_a_pattern_that_matches_nothing_is_refused(setting: str, message: str, t
         quantize_model(load_tiny(tiny_llama_dir), recipe, None)
 
 
+def test_a_folded_r1_is_refused_where_other_modules_write_to_the_stream(tiny_llama_dir: Path) -> None:
+    model = load_tiny(tiny_llama_dir)
+    model.model.vision_tower = torch.nn.Linear(4, 4)
+    with pytest.raises(RecipeError, match=r"model\.vision_tower.*rotation\.residual=false"):
+        quantize_model(model, recipe_of("rrs-w4a4kv4", ["weights.method=rtn", "kv_cache=null"]), None)
+    settings = ["weights.method=rtn", "kv_cache=null", "rotation.residual=false"]
+    quantized: Any = quantize_model(model, recipe_of("rrs-w4a4kv4", settings), None).model
+    assert type(quantized.model.vision_tower) is torch.nn.Linear
+
+
 def test_an_odd_number_of_input_channels_is_refused_unless_it_is_kept(tiny_llama_dir: Path) -> None:
     config: Any = load_tiny(tiny_llama_dir).config
     config.intermediate_size = 33

@@ -107,10 +107,17 @@ def check_recipe(recipe: Recipe, family: ModelFamily, model: nn.Module) -> None:
     """Refuse what a recipe cannot do to a model.
 
     Raises:
-        RecipeError: a pattern matches nothing, or a linear to quantize has an odd number of input channels.
+        RecipeError: a pattern matches nothing, a linear to quantize has an odd number of input channels, or
+            R1 would be folded while other modules write to the residual stream.
     """
     check_patterns(recipe, family, model)
     _check_channels(recipe, family, model)
+    others = family.other_modules(model)
+    if others and family.folds_residual and recipe.rotation is not None and recipe.rotation.residual:
+        raise RecipeError(
+            f"'{others[0]}' may write to the residual stream, and is not rotated with it."
+            " Use --set rotation.residual=false."
+        )
 
 
 def _check_channels(recipe: Recipe, family: ModelFamily, model: nn.Module) -> None:
