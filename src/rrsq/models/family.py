@@ -76,6 +76,15 @@ class LinearInput:
         """Module paths of :attr:`linears`, from the decoder layer."""
         return tuple(_join(self.parent, name) for name in self.linears)
 
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        """Channels of the input and rows of all linears that read it, of one expert where there are some."""
+        parameters = dict(layer.named_parameters())
+        shapes = [
+            tuple(parameters[path if path in parameters else f"{path}.weight"].shape[-2:])
+            for path in self.linear_paths
+        ]
+        return shapes[0][1], sum(rows for rows, _ in shapes)
+
     def is_in(self, layer: nn.Module) -> bool:
         """Whether a decoder layer has this input: the layers of one model may differ."""
         parent = dict(layer.named_modules()).get(self.parent)

@@ -116,7 +116,7 @@ def _layer_peak(
     batch: int,
 ) -> int:
     weights = sum(_FLOAT * parameter.numel() for parameter in layer.parameters())
-    shapes = [_input_shape(layer, entry) for entry in family.inputs_in(layer)]
+    shapes = [entry.shape(layer) for entry in family.inputs_in(layer)]
     by_gptq = [
         bool(batch) and not entry.experts and _method(recipe, family, index, entry) == "gptq"
         for entry in family.inputs_in(layer)
@@ -156,7 +156,7 @@ def _layer_peak(
 
 def _experts_peak(layer: nn.Module, mixture: list[LinearInput], methods: list[str], batch: int) -> int:
     """Beside the weights of the layer: the packed experts, the Hessians of some of them, and one at work."""
-    shapes = [_input_shape(layer, entry) for entry in mixture]
+    shapes = [entry.shape(layer) for entry in mixture]
     experts = _number_of_experts(layer, mixture[0])
     packed = sum(experts * channels * rows for channels, rows in shapes) // 2
     working = max(13 * channels * rows for channels, rows in shapes)
@@ -184,13 +184,3 @@ def _sum_bytes(channels: int) -> int:
 def _method(recipe: Recipe, family: ModelFamily, index: int, entry: LinearInput) -> str:
     how = treatment(recipe, family.layer_name(index), entry)
     return how.weights.method if how.linears else "none"
-
-
-def _input_shape(layer: nn.Module, entry: LinearInput) -> tuple[int, int]:
-    """Channels of an input and rows of all linears that read it, of one expert where there are some."""
-    parameters = dict(layer.named_parameters())
-    shapes = [
-        tuple(parameters[path if path in parameters else f"{path}.weight"].shape[-2:])
-        for path in entry.linear_paths
-    ]
-    return shapes[0][1], sum(rows for rows, _ in shapes)

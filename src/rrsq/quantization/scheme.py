@@ -122,16 +122,15 @@ def check_recipe(recipe: Recipe, family: ModelFamily, model: nn.Module) -> None:
 
 def _check_channels(recipe: Recipe, family: ModelFamily, model: nn.Module) -> None:
     for index, layer in enumerate(model.get_submodule(family.layers).children()):
-        name, shapes = family.layer_name(index), {k: p.shape for k, p in layer.named_parameters()}
+        name = family.layer_name(index)
         for entry in family.inputs_in(layer):
-            for linear in treatment(recipe, name, entry).linears:
-                path = f"{entry.parent}.{linear}" if entry.parent else linear
-                channels = shapes[path if path in shapes else f"{path}.weight"][-1]
-                if channels % 2:
-                    raise RecipeError(
-                        f"'{name}.{path}' has {channels} input channels, and 4-bit codes are stored in pairs."
-                        " Name it in the recipe's modules_to_not_convert to keep it in 16 bits."
-                    )
+            channels, _ = entry.shape(layer)
+            if channels % 2 and treatment(recipe, name, entry).linears:
+                raise RecipeError(
+                    f"'{name}.{entry.path}' has {channels} channels, and 4-bit codes are stored in pairs."
+                    f" Name its linears ({', '.join(entry.linears)}) in the recipe's modules_to_not_convert"
+                    " to keep them in 16 bits."
+                )
 
 
 def input_scheme(activations: Activations, entry: LinearInput, channels: int) -> InputScheme:
