@@ -25,6 +25,7 @@ from rrsq.cli.options import (
     DataRoot,
     Device,
     DeviceName,
+    Model,
     NumSamples,
     Seed,
     SequenceLength,
@@ -49,10 +50,7 @@ EXAMPLES = examples(
 
 
 def calibrate(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="A Hub id, a local Hugging Face folder, or a .gguf file."),
-    ],
+    model: Model,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="CALIB", help="Folder to write to.", rich_help_panel=OUTPUT),

@@ -21,6 +21,7 @@ from rrsq.cli.options import (
     Device,
     DeviceName,
     DtypeName,
+    Model,
     parse_batch_size,
     resolve_device,
 )
@@ -42,10 +43,7 @@ EXAMPLES = examples(
 
 
 def compare(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="A Hub id, a local Hugging Face folder, or a .gguf file."),
-    ],
+    model: Model,
     recipes: Annotated[
         str,
         typer.Option(

@@ -22,6 +22,7 @@ __all__ = [
     "Device",
     "DeviceName",
     "DtypeName",
+    "Model",
     "NumSamples",
     "Seed",
     "SequenceLength",
@@ -52,6 +53,10 @@ class DtypeName(str, Enum):
     BFLOAT16 = "bfloat16"
 
 
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A Hub id, a local Hugging Face folder, or a .gguf file."),
+]
 DataRoot = Annotated[
     Path | None,
     typer.Option(

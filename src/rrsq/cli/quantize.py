@@ -27,6 +27,7 @@ from rrsq.cli.options import (
     DataRoot,
     Device,
     DeviceName,
+    Model,
     NumSamples,
     Seed,
     SequenceLength,
@@ -51,10 +52,7 @@ EXAMPLES = examples(
 
 def quantize(
     context: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="A Hub id, a local Hugging Face folder, or a .gguf file."),
-    ],
+    model: Model,
     output: Annotated[
         Path,
         typer.Option(
