@@ -2,9 +2,9 @@
 
     python examples/expert_speed.py --mixture Mixtral-8x7B --mixture Qwen3-30B-A3B
 
-Random weights. Each result is compared with the reference kernels' before it is timed. On a GPU: medians in a
-CUDA graph, with a cold L2; bfloat16 is the fastest of torch's grouped product, a batched product (few tokens
-only) and a loop over experts.
+Random weights. Each result is compared with the reference kernels' before it is timed (on a CPU they are what
+runs, so that nothing is compared). On a GPU: medians in a CUDA graph, with a cold L2; bfloat16 is the fastest
+of torch's grouped product, a batched product (few tokens only) and a loop over experts.
 """
 
 from __future__ import annotations
@@ -151,13 +151,21 @@ def check(experts: Experts, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         raise SystemExit(f"the kernels' result differs from the reference by {difference:.2%}")
 
 
+def token_counts(text: str) -> list[int]:
+    """Positive numbers, separated by commas."""
+    counts = [int(part) for part in text.split(",")]
+    if min(counts) < 1:
+        raise ValueError(text)
+    return counts
+
+
 def main() -> None:
     """Print a line a number of tokens: bfloat16's time, and each recipe's with the times faster."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mixture", action="append", choices=MIXTURES, help="default: all but tiny")
-    parser.add_argument("--tokens", default="1,4,16,64,256,1024,4096")
+    parser.add_argument("--tokens", type=token_counts, default="1,4,16,64,256,1024,4096")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(torch.cuda.get_device_name() if device == "cuda" else "CPU", "- microseconds")
@@ -165,7 +173,7 @@ def main() -> None:
         num_experts, hidden, _, chosen = MIXTURES[mixture]
         models = {name: quantized(mixture, name, device) for name in RECIPES}
         print(f"{mixture}: tokens, bfloat16, {', '.join(RECIPES)}")
-        for tokens in map(int, arguments.tokens.split(",")):
+        for tokens in arguments.tokens:
             x = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
             index = torch.rand(tokens, num_experts, device=device).topk(chosen).indices
             inputs = x, index, torch.rand(tokens, chosen, device=device)
