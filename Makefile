@@ -8,7 +8,7 @@ OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml
 OLDEST_VENV := $(VENV)-oldest
 
 # What depends on transformers: its models, its caches, its way of loading.
-VERSIONED_TESTS := tests/models tests/checkpoint tests/nn tests/calibration
+VERSIONED_TESTS := tests/models tests/runtime tests/quantizer/production tests/quantizer/calibration
 
 .PHONY: help install demo test test-oldest test-real test-gpu lint clean
 

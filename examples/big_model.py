@@ -23,14 +23,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from rrsq.calibration.windows import data_fingerprint
-from rrsq.calibration.workers import joined_workers
-from rrsq.checkpoint.format import CalibrationInfo
-from rrsq.checkpoint.opening import empty_model
-from rrsq.checkpoint.produce import Calibration, OutputOptions, produce_checkpoint
 from rrsq.models.llama import LLAMA
-from rrsq.quantization.projection import projected_memory
+from rrsq.quantizer.calibration.windows import data_fingerprint
+from rrsq.quantizer.calibration.workers import joined_workers
+from rrsq.quantizer.production.opening import empty_model
+from rrsq.quantizer.production.produce import Calibration, OutputOptions, produce_checkpoint
+from rrsq.quantizer.projection import projected_memory
 from rrsq.recipe import load_recipe
+from rrsq.runtime.format.format import CalibrationInfo
 
 
 class NoTokenizer:

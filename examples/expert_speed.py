@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rrsq import kernels
-from rrsq.nn.experts import Experts, QuantizedExpertLinear
-from rrsq.nn.input import InputQuantizer, InputScheme
-from rrsq.nn.rotation import OnlineHadamard
-from rrsq.rotation.hadamard import plan_hadamard
+from rrsq.runtime.modules.experts import Experts, QuantizedExpertLinear
+from rrsq.runtime.modules.input import InputQuantizer, InputScheme
+from rrsq.runtime.modules.rotation import OnlineHadamard
+from rrsq.runtime.rotation.hadamard import plan_hadamard
 
 # Experts, hidden size, intermediate size, experts of a token.
 MIXTURES = {

@@ -15,7 +15,7 @@ __all__ = ["exit_codes", "forked", "torchrun_environments"]
 PRELOADED = [
     "killed_run",
     "accelerate",
-    "rrsq.checkpoint.produce",
+    "rrsq.quantizer.production.produce",
     "rrsq.cli.app",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",

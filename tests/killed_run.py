@@ -18,7 +18,7 @@ def produce(model: Path, out: Path, *, recipe: str = "rrs-w4a4kv4", windows: int
     """
     import torch
 
-    from rrsq.calibration.workers import joined_workers
+    from rrsq.quantizer.calibration.workers import joined_workers
 
     torch.set_num_threads(1)
     with joined_workers(torch.device("cpu")) as workers:
@@ -26,11 +26,11 @@ def produce(model: Path, out: Path, *, recipe: str = "rrs-w4a4kv4", windows: int
 
 
 def _produce(model: Path, out: Path, recipe: str, windows: int, workers: Any, options: dict[str, Any]) -> Any:
-    from rrsq.calibration.windows import data_fingerprint
-    from rrsq.checkpoint.format import CalibrationInfo
-    from rrsq.checkpoint.loading import load_tokenizer
-    from rrsq.checkpoint.produce import Calibration, OutputOptions, produce_checkpoint
+    from rrsq.quantizer.calibration.windows import data_fingerprint
+    from rrsq.quantizer.production.produce import Calibration, OutputOptions, produce_checkpoint
     from rrsq.recipe import load_recipe
+    from rrsq.runtime.format.format import CalibrationInfo
+    from rrsq.runtime.format.loading import load_tokenizer
 
     tokenizer = load_tokenizer(str(model))
     tokens = random_tokens(windows, 32)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rrsq.bits import activation_bits, cache_bits, weight_bits
-from rrsq.nn.kv_cache import KVQuantizer
-from rrsq.nn.linear import QuantizedLinear
+from rrsq.runtime.kv_cache.quantizer import KVQuantizer
+from rrsq.runtime.modules.linear import QuantizedLinear
 from tiny_quantized import quantize_tiny, recipe_of
 
 

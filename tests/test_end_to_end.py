@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rrsq
-from rrsq.checkpoint.loading import is_checkpoint, load_tokenizer
 from rrsq.recipe import recipe_names
+from rrsq.runtime.format.loading import is_checkpoint, load_tokenizer
 from tiny_quantized import logits_of, quantize_tiny, random_tokens, recipe_of, save_tiny
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rrsq.quantization.pipeline import QuantizedModel
+    from rrsq.quantizer.pipeline import QuantizedModel
 
 CASES = [f"{family} {name}" for family in ("llama", "qwen2") for name in recipe_names()]
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 import rrsq
-from rrsq.calibration.text import load_documents
-from rrsq.calibration.windows import calibration_windows, data_fingerprint, evaluation_windows
-from rrsq.checkpoint.format import CalibrationInfo
-from rrsq.checkpoint.loading import load_model, load_tokenizer
-from rrsq.checkpoint.writer import checkpoint_info, write_checkpoint
 from rrsq.evaluation.perplexity import perplexity
 from rrsq.models import ModelSizes, family_for
-from rrsq.quantization.pipeline import quantize_model
+from rrsq.quantizer.calibration.text import load_documents
+from rrsq.quantizer.calibration.windows import calibration_windows, data_fingerprint, evaluation_windows
+from rrsq.quantizer.fold.rotations import rotate_model
+from rrsq.quantizer.pipeline import quantize_model
+from rrsq.quantizer.production.writer import checkpoint_info, write_checkpoint
 from rrsq.recipe import Rotation, load_recipe
-from rrsq.rotation.fold import rotate_model
-from rrsq.rotation.rotations import make_rotations
+from rrsq.runtime.format.format import CalibrationInfo
+from rrsq.runtime.format.loading import load_model, load_tokenizer
+from rrsq.runtime.rotation.rotations import make_rotations
 
 pytestmark = pytest.mark.real
 

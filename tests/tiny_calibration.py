@@ -10,7 +10,7 @@ from tiny_quantized import load_tiny, random_tokens, recipe_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rrsq.calibration.stored import StoredCalibration
+    from rrsq.quantizer.calibration.stored import StoredCalibration
 
 WINDOWS, LENGTH = 6, 64
 
@@ -39,10 +39,10 @@ def calibrate_model(
     windows: Tensor | None = None,
 ) -> StoredCalibration:
     """Calibrate a model, which is used up, into ``folder``, without a report; layers there are kept."""
-    from rrsq.calibration.manifest import write_manifest
-    from rrsq.calibration.stored import StoredCalibration
     from rrsq.diagnostics.make_manifest import make_manifest
     from rrsq.diagnostics.run import calibrate_layers
+    from rrsq.quantizer.calibration.manifest import write_manifest
+    from rrsq.quantizer.calibration.stored import StoredCalibration
 
     windows = tiny_windows() if windows is None else windows
     manifest = make_manifest(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rrsq.quantization.pipeline import QuantizedModel
+    from rrsq.quantizer.pipeline import QuantizedModel
     from rrsq.recipe import Recipe
 
 VOCABULARY_SIZE = 512  # That of conftest.py's tokenizer and models.
@@ -48,7 +48,7 @@ def quantize_tiny(
     **options: Any,
 ) -> QuantizedModel:
     """Quantize a tiny model on a few windows of random tokens."""
-    from rrsq.quantization.pipeline import needs_calibration, quantize_model
+    from rrsq.quantizer.pipeline import needs_calibration, quantize_model
 
     if windows is None and needs_calibration(recipe):
         windows = random_tokens(WINDOWS, WINDOW_LENGTH, seed=1)
@@ -57,9 +57,9 @@ def quantize_tiny(
 
 def save_tiny(quantized: QuantizedModel, source: Path, out: Path, **options: Any) -> Path:
     """Write a checkpoint of a quantized tiny model with the tokenizer of ``source``."""
-    from rrsq.checkpoint.format import CalibrationInfo
-    from rrsq.checkpoint.loading import load_tokenizer
-    from rrsq.checkpoint.writer import checkpoint_info, write_checkpoint
+    from rrsq.quantizer.production.writer import checkpoint_info, write_checkpoint
+    from rrsq.runtime.format.format import CalibrationInfo
+    from rrsq.runtime.format.loading import load_tokenizer
 
     calibration = CalibrationInfo(
         source="random tokens", num_samples=WINDOWS, sequence_length=WINDOW_LENGTH, fingerprint="0" * 64

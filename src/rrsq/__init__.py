@@ -31,6 +31,6 @@ def load(path: str, *, device: str = "auto", dtype: str = "auto", **kwargs: Any)
     Raises:
         RRSQError: the folder does not exist, is damaged or of an unknown format.
     """
-    from .checkpoint.loading import load_model
+    from .runtime.format.loading import load_model
 
     return load_model(path, device=device, dtype=dtype, **kwargs)

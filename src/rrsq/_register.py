@@ -31,7 +31,7 @@ class _LoaderWithRegistration(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module("rrsq.checkpoint.integration")
+        importlib.import_module("rrsq.runtime.format.integration")
 
 
 class _RegistryFinder(MetaPathFinder):
@@ -52,6 +52,6 @@ class _RegistryFinder(MetaPathFinder):
 def register_with_transformers() -> None:
     """Register now if transformers' registry is imported already, else as soon as it is."""
     if _REGISTRY in sys.modules:
-        importlib.import_module("rrsq.checkpoint.integration")
+        importlib.import_module("rrsq.runtime.format.integration")
     elif not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegistryFinder())

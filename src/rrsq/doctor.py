@@ -210,8 +210,8 @@ def _tuned_table(device: object) -> Finding:
 
 
 def _data_root(data_root: Path | None) -> Iterator[Finding]:
-    from rrsq.calibration.text import DATA_ROOT_VARIABLE, resolve_data_root
     from rrsq.errors import DataError
+    from rrsq.quantizer.calibration.text import DATA_ROOT_VARIABLE, resolve_data_root
 
     try:
         root = resolve_data_root(data_root)

@@ -14,10 +14,10 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from rrsq.calibration.text import load_documents
-from rrsq.calibration.windows import evaluation_windows
 from rrsq.cli.app import app
 from rrsq.evaluation.perplexity import perplexity
+from rrsq.quantizer.calibration.text import load_documents
+from rrsq.quantizer.calibration.windows import evaluation_windows
 
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--sequence-length", "64", "--limit", "4")
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from rrsq.cli.app import app
 from rrsq.models import families
-from rrsq.rotation.hadamard import plan_hadamard
+from rrsq.runtime.rotation.hadamard import plan_hadamard
 from tiny_families import TINY
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"

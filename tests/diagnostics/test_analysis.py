@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rrsq.calibration.stored import StoredCalibration
 from rrsq.diagnostics.analysis import STAGES
 from rrsq.models import family_for
-from rrsq.quantization.pipeline import quantize_model
-from rrsq.rotation.fold import rotate_model
-from rrsq.rotation.rotations import make_rotations
+from rrsq.quantizer.calibration.stored import StoredCalibration
+from rrsq.quantizer.fold.rotations import rotate_model
+from rrsq.quantizer.pipeline import quantize_model
+from rrsq.runtime.rotation.rotations import make_rotations
 from tiny_calibration import LENGTH, calibrate_tiny, tiny_windows
 from tiny_quantized import load_tiny, recipe_of
 

@@ -16,14 +16,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from rrsq.calibration.stored import StoredCalibration
-from rrsq.checkpoint.loading import load_tokenizer
 from rrsq.diagnostics import report as report_module
 from rrsq.diagnostics.detail_figure import detail_figure
 from rrsq.diagnostics.figure_style import stage_titles
 from rrsq.diagnostics.page import html_page
 from rrsq.diagnostics.report import OutlierReport, read_report
 from rrsq.diagnostics.write import write_report
+from rrsq.quantizer.calibration.stored import StoredCalibration
+from rrsq.runtime.format.loading import load_tokenizer
 from tiny_calibration import calibrate_tiny, tiny_windows
 
 

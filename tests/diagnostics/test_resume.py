@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from rrsq.calibration.manifest import CalibrationManifest, read_manifest
-from rrsq.calibration.stored import layer_file
 from rrsq.diagnostics.make_manifest import make_manifest
 from rrsq.diagnostics.run import calibrate_layers
 from rrsq.diagnostics.work_folder import finished_layers, work_folder, work_path
 from rrsq.errors import StorageError
+from rrsq.quantizer.calibration.manifest import CalibrationManifest, read_manifest
+from rrsq.quantizer.calibration.stored import layer_file
 from tiny_calibration import calibrate_tiny, tiny_windows
 from tiny_quantized import load_tiny, recipe_of
 

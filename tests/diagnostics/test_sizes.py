@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rrsq.calibration.stored import StoredCalibration
 from rrsq.diagnostics.sizes import expected_sizes
+from rrsq.quantizer.calibration.stored import StoredCalibration
 from tiny_calibration import LENGTH, WINDOWS, calibrate_tiny
 
 INPUTS = {"qkv": 96, "o": 64, "gate_up": 96, "down": 160}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rrsq.diagnostics.smoothing import smooth
-from rrsq.nn.input import InputScheme
+from rrsq.runtime.modules.input import InputScheme
 
 CHANNELS, TOKENS, GROUP = 32, 300, 8
 NOISE = torch.randn(TOKENS, CHANNELS, generator=torch.Generator().manual_seed(0))

@@ -14,13 +14,13 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks import __file__ as lm_eval_tasks
 
-from rrsq.checkpoint.loading import load_model, load_tokenizer
 from rrsq.errors import DataError, UsageError
 from rrsq.evaluation.harness import model as harness_model
 from rrsq.evaluation.harness.batches import plan_batches, token_budget, tokens_share_scales
 from rrsq.evaluation.harness.task import HarnessTasks
 from rrsq.evaluation.results import TaskResult
 from rrsq.evaluation.tasks import TaskOptions, parse_tasks
+from rrsq.runtime.format.loading import load_model, load_tokenizer
 from tiny_quantized import quantize_tiny, recipe_of
 
 FOLDER = Path(lm_eval_tasks).parent

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rrsq.calibration.windows import data_fingerprint, evaluation_windows
 from rrsq.errors import DataError, StorageError, UsageError
 from rrsq.evaluation import tasks as tasks_module
 from rrsq.evaluation.perplexity import perplexity
 from rrsq.evaluation.report import EvaluationReport, ModelReport, write_json
 from rrsq.evaluation.results import Metric, TaskResult
 from rrsq.evaluation.tasks import TaskOptions, parse_tasks, register_task, task_kinds
+from rrsq.quantizer.calibration.windows import data_fingerprint, evaluation_windows
 
 
 def result_of(value: float, *, task: str = "wikitext2", metric: str = "perplexity") -> TaskResult:

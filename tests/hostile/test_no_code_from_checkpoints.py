@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import rrsq
 from hostile.folders import CANARY, Evil
-from rrsq.checkpoint.loading import load_config, load_tokenizer
 from rrsq.cli.app import app
 from rrsq.errors import CheckpointError, ModelLoadError, RRSQError
+from rrsq.runtime.format.loading import load_config, load_tokenizer
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

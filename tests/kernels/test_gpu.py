@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rrsq import kernels
-from rrsq.rotation.hadamard import base_matrix, plan_hadamard
+from rrsq.runtime.rotation.hadamard import base_matrix, plan_hadamard
 
 from .problems import make_problem, relative_error
 

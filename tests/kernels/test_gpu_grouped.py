@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from rrsq import kernels
 from rrsq.kernels import Routing, route_rows
-from rrsq.nn.experts import Experts, QuantizedExpertLinear
-from rrsq.nn.input import InputQuantizer, InputScheme
-from rrsq.nn.rotation import OnlineHadamard
-from rrsq.rotation.hadamard import plan_hadamard
+from rrsq.runtime.modules.experts import Experts, QuantizedExpertLinear
+from rrsq.runtime.modules.input import InputQuantizer, InputScheme
+from rrsq.runtime.modules.rotation import OnlineHadamard
+from rrsq.runtime.rotation.hadamard import plan_hadamard
 
 from .problems import relative_error
 

@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rrsq import kernels
-from rrsq.quantization.pipeline import quantize_model
+from rrsq.quantizer.pipeline import quantize_model
 from tiny_quantized import VOCABULARY_SIZE, random_tokens, recipe_of
 
 pytest.importorskip("triton")

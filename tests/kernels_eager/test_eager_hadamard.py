@@ -8,7 +8,7 @@ import torch
 
 from rrsq.kernels import reference
 from rrsq.kernels.eager.hadamard import hadamard_transform, sylvester
-from rrsq.rotation.hadamard import hadamard_matrix
+from rrsq.runtime.rotation.hadamard import hadamard_matrix
 
 
 def sylvester_by_bits(order: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import torch
 
 from rrsq.kernels.eager.hadamard import sylvester
 from rrsq.kernels.eager.rotation import LARGEST_FACTOR, rotate_reproducibly, split_rotation
-from rrsq.rotation.hadamard import HadamardPlan, base_matrix, orthonormal, plan_hadamard
+from rrsq.runtime.rotation.hadamard import HadamardPlan, base_matrix, orthonormal, plan_hadamard
 
 SIZES = [8, 12, 64, 576, 1536, 4096, 4864, 8960, 11008, 14336, 18944, 28672]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from rrsq.nn.cache_layers import QuantizedCacheLayer, QuantizedSlidingLayer
-from rrsq.quantization.pipeline import quantize_model
+from rrsq.quantizer.pipeline import quantize_model
+from rrsq.runtime.kv_cache.layers import QuantizedCacheLayer, QuantizedSlidingLayer
 from tiny_families import LONG, TINY, WINDOW, tiny_model
 from tiny_quantized import logits_of, random_tokens, recipe_of
 

@@ -10,20 +10,20 @@ import pytest
 import torch
 
 import rrsq
-from rrsq.calibration.windows import data_fingerprint
-from rrsq.checkpoint.format import CalibrationInfo
-from rrsq.checkpoint.loading import load_tokenizer
-from rrsq.checkpoint.produce import Calibration, OutputOptions, produce_checkpoint
 from rrsq.evaluation.perplexity import perplexity
-from rrsq.quantization.pipeline import needs_calibration, quantize_model
+from rrsq.quantizer.calibration.windows import data_fingerprint
+from rrsq.quantizer.pipeline import needs_calibration, quantize_model
+from rrsq.quantizer.production.produce import Calibration, OutputOptions, produce_checkpoint
 from rrsq.recipe import recipe_names
+from rrsq.runtime.format.format import CalibrationInfo
+from rrsq.runtime.format.loading import load_tokenizer
 from tiny_families import TINY, WINDOW, tiny_model
 from tiny_quantized import logits_of, random_tokens, recipe_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from rrsq.quantization.report import QuantizationReport
+    from rrsq.quantizer.report import QuantizationReport
     from rrsq.recipe import Recipe
 
 WINDOWS = random_tokens(3, 24, seed=1)

@@ -10,10 +10,10 @@ import torch
 from rrsq.errors import UnsupportedArchitectureError
 from rrsq.models import family_for
 from rrsq.models.opt import OPT
-from rrsq.nn.rotation import RotatedLinear
+from rrsq.quantizer.fold.rotations import rotate_model
 from rrsq.recipe import Rotation
-from rrsq.rotation.fold import rotate_model
-from rrsq.rotation.rotations import Rotations, make_rotations
+from rrsq.runtime.modules.rotation import RotatedLinear
+from rrsq.runtime.rotation.rotations import Rotations, make_rotations
 from tiny_families import TINY, random_model, tiny_model
 from tiny_quantized import logits_of, random_tokens
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 import rrsq
-from rrsq.checkpoint.loading import load_tokenizer
-from rrsq.checkpoint.produce import OutputOptions, produce_checkpoint
 from rrsq.models.gemma3 import GEMMA3
-from rrsq.nn.linear import QuantizedLinear
-from rrsq.nn.rotation import RotatedLinear
+from rrsq.quantizer.fold.rotations import rotate_model
+from rrsq.quantizer.production.produce import OutputOptions, produce_checkpoint
 from rrsq.recipe import Rotation
-from rrsq.rotation.fold import rotate_model
-from rrsq.rotation.rotations import make_rotations
+from rrsq.runtime.format.loading import load_tokenizer
+from rrsq.runtime.modules.linear import QuantizedLinear
+from rrsq.runtime.modules.rotation import RotatedLinear
+from rrsq.runtime.rotation.rotations import make_rotations
 from tiny_families import tiny_model
 from tiny_quantized import recipe_of
 

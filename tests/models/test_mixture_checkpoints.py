@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import rrsq
-from rrsq.quantization.pipeline import quantize_model
+from rrsq.quantizer.pipeline import quantize_model
 from tiny_families import tiny_model
 from tiny_quantized import load_tiny, logits_of, random_tokens, recipe_of, save_tiny
 

@@ -14,12 +14,12 @@ import rrsq
 from rrsq.cli.app import app
 from rrsq.errors import UnsupportedArchitectureError
 from rrsq.models import register_family, registry
-from rrsq.nn.cache_layers import QuantizedCacheLayer
-from rrsq.nn.linear import QuantizedLinear
-from rrsq.quantization.pipeline import quantize_model
+from rrsq.quantizer.fold.rotations import rotate_model
+from rrsq.quantizer.pipeline import quantize_model
 from rrsq.recipe import Rotation
-from rrsq.rotation.fold import rotate_model
-from rrsq.rotation.rotations import make_rotations
+from rrsq.runtime.kv_cache.layers import QuantizedCacheLayer
+from rrsq.runtime.modules.linear import QuantizedLinear
+from rrsq.runtime.rotation.rotations import make_rotations
 from tiny_quantized import logits_of, random_tokens, recipe_of, save_tiny
 from toy_family import TOY, ToyConfig, ToyForCausalLM
 

@@ -69,7 +69,7 @@ def _draw(
 def _rotation_base(shape: LinearShape, device: torch.device) -> Tensor | None:
     if not shape.rotated:
         return None
-    from rrsq.rotation.hadamard import base_matrix, plan_hadamard
+    from rrsq.runtime.rotation.hadamard import base_matrix, plan_hadamard
 
     plan = plan_hadamard(shape.in_features)
     if plan.block != shape.in_features:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor
 
-    from rrsq.calibration.manifest import CalibrationManifest
     from rrsq.diagnostics.report import OutlierReport
+    from rrsq.quantizer.calibration.manifest import CalibrationManifest
     from rrsq.recipe import Recipe
 
 __all__ = ["EXAMPLES", "calibrate"]
@@ -92,11 +92,11 @@ def calibrate(
 
     A run that was stopped goes on where it was when the same command is given again.
     """
-    from rrsq.calibration.manifest import MANIFEST_NAME
-    from rrsq.checkpoint.loading import load_tokenizer
-    from rrsq.checkpoint.produce import CalibrationText, check_source, load_calibration
     from rrsq.diagnostics.make_manifest import check_covered
+    from rrsq.quantizer.calibration.manifest import MANIFEST_NAME
+    from rrsq.quantizer.production.produce import CalibrationText, check_source, load_calibration
     from rrsq.recipe import load_recipe
+    from rrsq.runtime.format.loading import load_tokenizer
     from rrsq.storage import check_output
 
     chosen = load_recipe(recipe, assignments or ())
@@ -145,13 +145,13 @@ def _run(
     device: str,
 ) -> tuple[OutlierReport, int]:
     """Load the model, say what the run will take, run, write the report; return it and the folder's bytes."""
-    from rrsq.calibration.stored import StoredCalibration
-    from rrsq.checkpoint.loading import load_model
     from rrsq.diagnostics.make_manifest import make_manifest
     from rrsq.diagnostics.report import read_report
     from rrsq.diagnostics.run import calibrate_layers
     from rrsq.diagnostics.work_folder import finished_layers, work_folder
     from rrsq.diagnostics.write import write_report
+    from rrsq.quantizer.calibration.stored import StoredCalibration
+    from rrsq.runtime.format.loading import load_model
 
     bar = progress.add_task("loading the model", total=None)
     model: Any = load_model(path, device="cpu", data_root=data_root)
@@ -186,7 +186,7 @@ def _state_sizes(model: Any, manifest: CalibrationManifest, output: Path) -> Non
 
     from rrsq.diagnostics.sizes import expected_sizes
     from rrsq.diagnostics.work_folder import work_path
-    from rrsq.quantization.memory import weight_bytes
+    from rrsq.quantizer.memory import weight_bytes
     from rrsq.storage import check_space
 
     loaded = weight_bytes(model)

@@ -118,12 +118,12 @@ def compare(
     """
     size = parse_batch_size(batch_size)
 
-    from rrsq.checkpoint.produce import CalibrationText
     from rrsq.comparison.plan import ComparisonPlan, read_recipes
     from rrsq.comparison.report import comparison_markdown, comparison_to_dict
     from rrsq.comparison.run import compare as run_comparison
     from rrsq.evaluation.report import jsonable, write_json, write_text
     from rrsq.evaluation.tasks import TaskOptions, parse_tasks
+    from rrsq.quantizer.production.produce import CalibrationText
 
     quiet_libraries()
     plan = ComparisonPlan(

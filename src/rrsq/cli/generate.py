@@ -44,9 +44,9 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from rrsq.calibration.windows import check_token_ids
-    from rrsq.checkpoint.loading import first_line, load_model, load_tokenizer
     from rrsq.errors import CheckpointError, UsageError
+    from rrsq.quantizer.calibration.windows import check_token_ids
+    from rrsq.runtime.format.loading import first_line, load_model, load_tokenizer
 
     device_name = resolve_device(device)
     quiet_libraries()
@@ -77,8 +77,8 @@ def generate(
 
 def _inputs(tokenizer: Any, prompt: str, model: str, *, chat: bool) -> Any:
     """The prompt's tokens, in the model's chat template if asked for."""
-    from rrsq.checkpoint.loading import first_line
     from rrsq.errors import CheckpointError
+    from rrsq.runtime.format.loading import first_line
 
     if not chat:
         return tokenizer(prompt, return_tensors="pt")

@@ -12,7 +12,7 @@ from rrsq.cli.console import examples, human_bytes, printable, stdout
 from rrsq.errors import CheckpointError, ModelLoadError
 
 if TYPE_CHECKING:
-    from rrsq.checkpoint.format import CheckpointInfo
+    from rrsq.runtime.format.format import CheckpointInfo
 
 __all__ = ["EXAMPLES", "inspect"]
 
@@ -30,10 +30,10 @@ def inspect(
 
     Only headers are read, so it answers at once whatever the model's size.
     """
-    from rrsq.checkpoint.config_file import read_config
-    from rrsq.checkpoint.contents import checkpoint_contents
-    from rrsq.checkpoint.format import parse_info
-    from rrsq.checkpoint.loading import is_checkpoint
+    from rrsq.runtime.format.config_file import read_config
+    from rrsq.runtime.format.contents import checkpoint_contents
+    from rrsq.runtime.format.format import parse_info
+    from rrsq.runtime.format.loading import is_checkpoint
 
     if not (checkpoint / "config.json").is_file():
         raise ModelLoadError(f"'{checkpoint}' is no checkpoint: there is no config.json in it.")
@@ -48,7 +48,7 @@ def inspect(
 
 
 def _overview(checkpoint: Path, config: dict[str, Any], info: CheckpointInfo) -> Table:
-    from rrsq.checkpoint.describe import (
+    from rrsq.runtime.format.describe import (
         describe_activations,
         describe_cache,
         describe_calibration,
@@ -97,7 +97,7 @@ def _tensors(contents: dict[str, tuple[int, int, int]]) -> Table:
 
 
 def _layers(info: CheckpointInfo) -> Table:
-    from rrsq.checkpoint.describe import LAYER_COLUMNS, describe_layers
+    from rrsq.runtime.format.describe import LAYER_COLUMNS, describe_layers
 
     headings, rows = describe_layers(info)
     table = Table(*headings, caption=LAYER_COLUMNS, caption_justify="left")

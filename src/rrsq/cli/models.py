@@ -55,7 +55,7 @@ def _family_row(family: ModelFamily) -> tuple[str, ...]:
 
 
 def _orders(sizes: ModelSizes) -> tuple[str, ...]:
-    from rrsq.rotation.hadamard import is_known_order
+    from rrsq.runtime.rotation.hadamard import is_known_order
 
     heads = _order(sizes.heads) if is_known_order(sizes.heads) else f"{sizes.heads}: none"
     intermediate = ", ".join(_order(size) for size in (sizes.intermediate, *sizes.more_intermediate))
@@ -64,7 +64,7 @@ def _orders(sizes: ModelSizes) -> tuple[str, ...]:
 
 def _order(size: int) -> str:
     """Such as ``14336 = 28·512`` (28 times Sylvester's 512) or ``29568 = 7 blocks of 132·32``."""
-    from rrsq.rotation.hadamard import plan_hadamard
+    from rrsq.runtime.rotation.hadamard import plan_hadamard
 
     plan = plan_hadamard(size)
     factors = f"{plan.base}·{plan.power}" if plan.base > 1 else f"{plan.power}"

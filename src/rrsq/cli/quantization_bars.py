@@ -27,7 +27,7 @@ class QuantizationBars:
         self._at = ""
 
     def show(self, done: int, total: int, per_layer: int, text: str) -> None:
-        """Take a step; see :data:`rrsq.checkpoint.produce.StepCallback`."""
+        """Take a step; see :data:`rrsq.quantizer.production.produce.StepCallback`."""
         if not total:
             self._progress.update(self._whole, description=self._label + text)
             self._progress.update(self._layer, visible=False)

@@ -37,7 +37,7 @@ from rrsq.cli.quantization_bars import QuantizationBars
 from rrsq.errors import UsageError
 
 if TYPE_CHECKING:
-    from rrsq.checkpoint.produce import CalibrationText, OutputOptions, Produced
+    from rrsq.quantizer.production.produce import CalibrationText, OutputOptions, Produced
     from rrsq.recipe import Recipe
 
 __all__ = ["EXAMPLES", "quantize"]
@@ -111,7 +111,7 @@ def quantize(
     packed. OUT is an ordinary Hugging Face folder that loads with AutoModelForCausalLM once rrsq is imported;
     it appears whole or not at all. A run that was stopped, however it was, goes on with the same command.
     """
-    from rrsq.checkpoint.produce import CalibrationText, OutputOptions
+    from rrsq.quantizer.production.produce import CalibrationText, OutputOptions
     from rrsq.recipe import load_recipe
 
     chosen = load_recipe(recipe, assignments or ())
@@ -146,16 +146,16 @@ def _run(
 ) -> None:
     import torch
 
-    from rrsq.calibration.workers import joined_workers
-    from rrsq.checkpoint.loading import load_tokenizer
-    from rrsq.checkpoint.produce import (
+    from rrsq.quantizer.calibration.workers import joined_workers
+    from rrsq.quantizer.needs import needs_calibration
+    from rrsq.quantizer.production.produce import (
         check_source,
         load_calibration,
         open_calibration,
         produce_checkpoint,
     )
-    from rrsq.checkpoint.work_folder import was_published
-    from rrsq.quantization.needs import needs_calibration
+    from rrsq.quantizer.production.work_folder import was_published
+    from rrsq.runtime.format.loading import load_tokenizer
     from rrsq.storage import check_output
 
     if not was_published(output.folder):
@@ -192,7 +192,7 @@ def _run(
 
 def _summary(produced: Produced, output: Path) -> Table:
     """The table at the end of a run."""
-    from rrsq.checkpoint.describe import describe_exceptions, describe_rotation
+    from rrsq.runtime.format.describe import describe_exceptions, describe_rotation
 
     info, report = produced.info, produced.report
     table = Table(title=f"{output} ({info.recipe.name})", show_header=False, title_justify="left")

@@ -26,7 +26,7 @@ def model_identity(model: str, data_root: Path | None = None) -> str:
     Raises:
         ModelLoadError: there is no such folder or file.
     """
-    from rrsq.checkpoint.loading import locate_model
+    from rrsq.runtime.format.loading import locate_model
 
     location, options = locate_model(model, data_root)
     path = Path(location, options.get("gguf_file", ""))
@@ -41,7 +41,7 @@ def model_fingerprint(model: str, data_root: Path | None = None) -> str:
     Raises:
         ModelLoadError: there is no such model.
     """
-    from rrsq.checkpoint.loading import load_config, locate_model
+    from rrsq.runtime.format.loading import load_config, locate_model
 
     location, options = locate_model(model, data_root)
     folder = Path(location)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rrsq.checkpoint.produce import CalibrationText
 from rrsq.comparison.folder import FULL_PRECISION
 from rrsq.errors import UsageError
 from rrsq.evaluation.tasks import Task, TaskOptions
+from rrsq.quantizer.production.produce import CalibrationText
 from rrsq.recipe import Recipe, load_recipe
 
 __all__ = ["ComparisonPlan", "read_recipes"]

@@ -7,15 +7,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rrsq import __version__
-from rrsq.checkpoint.format import CalibrationInfo
-from rrsq.checkpoint.loading import load_model, load_tokenizer
-from rrsq.checkpoint.produce import (
-    Calibration,
-    OutputOptions,
-    check_source,
-    load_calibration,
-    produce_checkpoint,
-)
 from rrsq.comparison.fingerprint import changed_inputs, digest, model_fingerprint, model_identity
 from rrsq.comparison.folder import FULL_PRECISION, ComparisonFolder, Target
 from rrsq.comparison.plan import ComparisonPlan
@@ -23,8 +14,17 @@ from rrsq.evaluation.report import EvaluationReport, ModelReport, library_versio
 from rrsq.evaluation.results import TaskResult
 from rrsq.evaluation.run import prepare_tasks, release_memory, run_tasks
 from rrsq.evaluation.tasks import Task, TaskOptions
-from rrsq.quantization.needs import needs_calibration
+from rrsq.quantizer.needs import needs_calibration
+from rrsq.quantizer.production.produce import (
+    Calibration,
+    OutputOptions,
+    check_source,
+    load_calibration,
+    produce_checkpoint,
+)
 from rrsq.recipe import Recipe
+from rrsq.runtime.format.format import CalibrationInfo
+from rrsq.runtime.format.loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ class Listener:
     """A finished step is used again, or is done again because of something."""
     preparing: Callable[[str], None] = lambda text: None
     quantizing: Callable[[str, int, int, int, str], None] = lambda name, done, total, per_layer, text: None
-    """The recipe, and what :data:`rrsq.checkpoint.produce.StepCallback` is told."""
+    """The recipe, and what :data:`rrsq.quantizer.production.produce.StepCallback` is told."""
     evaluating: Callable[[str, str, int, int, str], None] = lambda name, doing, done, total, text: None
     """What :data:`rrsq.evaluation.run.StepCallback` is told."""
 

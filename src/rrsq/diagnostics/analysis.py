@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 from ..models import LinearInput
-from ..nn.input import InputQuantizer, InputScheme
-from ..quantization.scheme import Treatment, input_scheme
-from ..quantization.weights import quantize_weight
+from ..quantizer.weights import quantize_weight
 from ..recipe import Weights
+from ..runtime.modules.input import InputQuantizer, InputScheme
+from ..runtime.scheme import Treatment, input_scheme
 from .observe import ObservedInput
 from .smoothing import smooth
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..calibration.fingerprint import model_fingerprint
-from ..calibration.manifest import CalibrationManifest
-from ..calibration.windows import data_fingerprint
 from ..errors import UnsupportedArchitectureError
 from ..models import ModelFamily, family_for
+from ..quantizer.calibration.fingerprint import model_fingerprint
+from ..quantizer.calibration.manifest import CalibrationManifest
+from ..quantizer.calibration.windows import data_fingerprint
 from ..recipe import Recipe
 from ..storage import library_versions
 

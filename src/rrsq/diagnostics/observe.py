@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..calibration.basis import InputBasis, apply_affine
-from ..calibration.statistics import InputStatistics
-from ..rotation.norms import Affine
+from ..quantizer.calibration.basis import InputBasis, apply_affine
+from ..quantizer.calibration.statistics import InputStatistics
+from ..quantizer.fold.norms import Affine
 
 __all__ = ["ObservedInput", "sample_shape"]
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..calibration.manifest import CalibrationManifest
-from ..calibration.stored import StoredCalibration
+from ..quantizer.calibration.manifest import CalibrationManifest
+from ..quantizer.calibration.stored import StoredCalibration
 from .observe import sample_shape
 
 if TYPE_CHECKING:

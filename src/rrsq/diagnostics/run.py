@@ -1,8 +1,9 @@
 """One pass of calibration text through the full-precision model, layer by layer, into a folder.
 
 Each layer is moved to the compute device in float32, its norms' gains are folded into its linears (the basis
-of :mod:`rrsq.calibration.basis`), and all text runs through it once. What was gathered is written before the
-next layer's turn, so that a run that was stopped goes on where it was: finished layers only pass the text on.
+of :mod:`rrsq.quantizer.calibration.basis`), and all text runs through it once. What was gathered is written
+before the next layer's turn, so that a run that was stopped goes on where it was: finished layers only pass
+the text on.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.basis import (
+from ..errors import NonFiniteError
+from ..models import LinearInput, ModelFamily, family_for
+from ..quantizer.calibration.basis import (
     InputBasis,
     affine_of_input,
     take_out_norm_of_head,
     take_out_norms,
     take_out_norms_of_embedding,
 )
-from ..calibration.manifest import CalibrationManifest
-from ..calibration.statistics import InputStatistics, MeanStatistics
-from ..calibration.stored import head_file, layer_file, write_tensors
-from ..calibration.stream import HiddenStates, collect_cache_means, collect_inputs
-from ..calibration.triangle import pack_symmetric
-from ..errors import NonFiniteError
-from ..models import LinearInput, ModelFamily, family_for
-from ..quantization.assemble import key_rotary
-from ..quantization.checks import check_finite
-from ..quantization.scheme import check_patterns, treatment
-from ..rotation.fold import fold_layer
-from ..rotation.rotations import make_rotations
+from ..quantizer.calibration.manifest import CalibrationManifest
+from ..quantizer.calibration.statistics import InputStatistics, MeanStatistics
+from ..quantizer.calibration.stored import head_file, layer_file, write_tensors
+from ..quantizer.calibration.stream import HiddenStates, collect_cache_means, collect_inputs
+from ..quantizer.calibration.triangle import pack_symmetric
+from ..quantizer.checks import check_finite
+from ..quantizer.fold.rotations import fold_layer
+from ..runtime.assemble import key_rotary
+from ..runtime.rotation.rotations import make_rotations
+from ..runtime.scheme import check_patterns, treatment
 from .analysis import InputAnalysis, analyse_input
 from .observe import ObservedInput
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..calibration.triangle import packed_size
+from ..quantizer.calibration.triangle import packed_size
 from .analysis import MAP_CHANNELS, MAP_TOKENS, STAGES
 from .observe import sample_shape
 

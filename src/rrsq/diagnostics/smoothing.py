@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.eager.activation import folded_scales, smoothing_scale, tokens_per_set
-from ..nn.input import InputScheme
+from ..runtime.modules.input import InputScheme
 
 __all__ = ["smooth"]
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..calibration.manifest import CalibrationManifest, read_manifest, write_manifest
-from ..calibration.stored import layer_file
 from ..errors import CalibrationError, StorageError
+from ..quantizer.calibration.manifest import CalibrationManifest, read_manifest, write_manifest
+from ..quantizer.calibration.stored import layer_file
 from ..storage import flush, replace_folder, storage_errors
 
 __all__ = ["finished_layers", "work_folder", "work_path"]

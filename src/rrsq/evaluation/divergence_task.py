@@ -54,8 +54,8 @@ class TextDivergence:
         Raises :class:`UsageError` if there is none, its vocabulary has another size, or a window exceeds the
         model's context.
         """
-        from rrsq.calibration.windows import data_fingerprint
         from rrsq.evaluation.divergence import divergence
+        from rrsq.quantizer.calibration.windows import data_fingerprint
 
         reference = options.reference
         if reference is None:

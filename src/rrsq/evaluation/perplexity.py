@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from rrsq.calibration.windows import check_token_ids
 from rrsq.evaluation.logits import LOGITS_PER_CHUNK, logit_chunks
+from rrsq.quantizer.calibration.windows import check_token_ids
 
 __all__ = ["PerplexityResult", "ProgressCallback", "perplexity"]
 

@@ -48,7 +48,7 @@ def check_comparison(models: Sequence[str], tasks: Sequence[Task], options: Task
         ModelLoadError: a tokenizer cannot be found.
         UsageError: tokenizers differ, a model is named twice, or a task needs a reference beside the model.
     """
-    from rrsq.checkpoint.loading import load_tokenizer
+    from rrsq.runtime.format.loading import load_tokenizer
 
     lonely = [name for task in tasks if task.needs_reference for name in task.names]
     if len(models) == 1 and lonely:
@@ -86,7 +86,7 @@ def evaluate_models(
         device, dtype: as :func:`load_model` takes them.
         on_step: told of progress.
     """
-    from rrsq.checkpoint.loading import load_model, load_tokenizer
+    from rrsq.runtime.format.loading import load_model, load_tokenizer
 
     keep = len(models) > 1 and any(task.needs_reference for task in tasks)
     reports: list[ModelReport] = []

@@ -49,8 +49,8 @@ class TextPerplexity:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions
     ) -> dict[str, list[TaskResult]]:
         """Measure the perplexity. Raises :class:`UsageError` if a window exceeds the model's context."""
-        from rrsq.calibration.windows import data_fingerprint
         from rrsq.evaluation.perplexity import perplexity
+        from rrsq.quantizer.calibration.windows import data_fingerprint
 
         windows = self._text.windows(model, tokenizer, options)
         report = options.on_progress

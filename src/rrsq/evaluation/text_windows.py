@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from rrsq.calibration.text import load_documents
 from rrsq.errors import UsageError
+from rrsq.quantizer.calibration.text import load_documents
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ class TextWindows:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions
     ) -> Tensor:
         """int64 ``[n, sequence_length]``. Raises :class:`UsageError` if that exceeds the model's context."""
-        from rrsq.calibration.windows import evaluation_windows
+        from rrsq.quantizer.calibration.windows import evaluation_windows
 
         length = options.sequence_length
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -8,7 +8,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from rrsq.nn.input import InputQuantizer
+from rrsq.runtime.modules.input import InputQuantizer
 
 __all__ = ["plan_batches", "token_budget", "tokens_share_scales"]
 

@@ -13,11 +13,11 @@ import lm_eval.tasks
 from lm_eval.api.group import Group
 from lm_eval.tasks import TaskManager
 
-from rrsq.calibration.text import DATA_ROOT_VARIABLE, resolve_data_root
 from rrsq.errors import DataError, RRSQError, UsageError
 from rrsq.evaluation.harness.data import local_folder, redirected
 from rrsq.evaluation.harness.names import SHORT_NAMES, known_task
 from rrsq.evaluation.tasks import task_kinds
+from rrsq.quantizer.calibration.text import DATA_ROOT_VARIABLE, resolve_data_root
 
 __all__ = ["PreparedTask", "PreparedTasks", "prepare_tasks"]
 

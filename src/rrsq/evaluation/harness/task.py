@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rrsq.calibration.text import quiet_datasets
 from rrsq.errors import UsageError
 from rrsq.evaluation.results import TaskResult
 from rrsq.evaluation.tasks import TaskOptions
+from rrsq.quantizer.calibration.text import quiet_datasets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

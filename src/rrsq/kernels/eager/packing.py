@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "CODE_MAX",
     "CODE_MIN",
+    "MULTIPLIER_MAX",
     "NIBBLE_OFFSET",
     "pack_block",
     "pack_int4",
@@ -25,6 +26,8 @@ __all__ = [
 
 CODE_MIN = -8
 CODE_MAX = 7
+MULTIPLIER_MAX = 15
+"""Largest multiplier of a group of weights: a code times it fits into int8."""
 NIBBLE_OFFSET = 8
 
 

@@ -1,1 +1,0 @@
-"""The modules of a quantized model: linear, online rotation, KV cache."""

@@ -1,1 +1,0 @@
-"""Weight quantizers and the pipeline that applies a recipe to a model."""

@@ -1,0 +1,1 @@
+"""From a model to a checkpoint: folding, calibration, GPTQ, and the production of the files."""

@@ -1,0 +1,183 @@
+"""Streaming calibration text through a model, with one layer and one batch on the device at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models import LinearInput, ModelFamily
+from ...runtime.kv_cache.layers import token_positions
+from ...runtime.kv_cache.rope import KeyRotary
+from .layer_calls import embedded, layer_calls
+from .precision import calibration_products
+from .statistics import InputStatistics, MeanStatistics
+
+__all__ = ["HiddenStates", "collect_cache_means", "collect_inputs"]
+
+
+class HiddenStates:
+    """The residual stream of all calibration windows between two layers, kept outside of the device.
+
+    Args:
+        model: its embedding is on the CPU; its own forward pass says what each layer is called with.
+        family: where its parts are.
+        windows: int64 ``[samples, tokens]``.
+        device: where layers run.
+        batch_tokens: tokens run at once.
+        dtype: in which the stream is kept.
+        allocate: makes the tensor it is kept in, of a shape and a dtype; None for one in memory.
+        stream: reads the stream in front of some later layer, which was :attr:`stream` in another run; None
+            has the one that enters the first layer computed.
+
+    Attributes:
+        stream: ``[samples, tokens, hidden]`` of ``dtype``.
+        batches: views of it, in the order they run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: ModelFamily,
+        windows: Tensor,
+        device: torch.device,
+        batch_tokens: int = 4096,
+        *,
+        dtype: torch.dtype = torch.float32,
+        allocate: Callable[[tuple[int, ...], torch.dtype], Tensor | None] = lambda shape, dtype: None,
+        stream: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
+    ) -> None:
+        self.device = device
+        embedding: Any = model.get_submodule(family.embedding)
+        windows = windows.to(embedding.weight.device)
+        parts = windows.split(max(1, batch_tokens // windows.shape[1]))
+        with torch.inference_mode():
+            self._calls = layer_calls(model, family, parts[0][:1], device)
+        shape = (*windows.shape, embedding.weight.shape[1])
+        allocated = allocate(shape, dtype)
+        # Page-locked memory is copied to and from a GPU several times as fast.
+        pin = device.type == "cuda"
+        self.stream = torch.empty(shape, dtype=dtype, pin_memory=pin) if allocated is None else allocated
+        self.batches = self.stream.split(len(parts[0]))
+        with torch.inference_mode():
+            if stream is not None:
+                self.stream.copy_(stream(shape, dtype))
+                return
+            for batch, part in zip(self.batches, parts, strict=True):
+                batch.copy_(embedded(model, family, part))
+
+    def on_device(self, batch: Tensor) -> Tensor:
+        """One of :attr:`batches` in float32 on the device."""
+        return batch.to(self.device).float()
+
+    def run(self, layer: nn.Module, batch: Tensor) -> Tensor:
+        """The layer's output for one batch ``[samples, tokens, hidden]``, float32 on the device."""
+        with calibration_products(self.device):
+            return self._calls[layer](layer, self.on_device(batch))
+
+    def observe(self, layer: nn.Module, on_batch: Callable[[], None] = lambda: None) -> Tensor:
+        """Run all batches for the hooks' sake; return the first output ``[samples, tokens, hidden]``."""
+        first: Tensor | None = None
+        with torch.inference_mode():
+            for batch in self.batches:
+                output = self.run(layer, batch)
+                first = output if first is None else first
+                on_batch()
+        assert first is not None
+        return first
+
+    def advance(self, layer: nn.Module, on_batch: Callable[[], None] = lambda: None) -> Tensor:
+        """Replace the residual stream by the layer's outputs; return those of the first batch in float32."""
+        first: Tensor | None = None
+        with torch.inference_mode():
+            for batch in self.batches:
+                output = self.run(layer, batch)
+                batch.copy_(output)
+                first = output if first is None else first
+                on_batch()
+        assert first is not None
+        return first
+
+
+@contextmanager
+def collect_inputs(
+    layer: nn.Module,
+    inputs: tuple[LinearInput, ...],
+    device: torch.device,
+    *,
+    with_hessian: bool,
+    create: Callable[[LinearInput, int], InputStatistics] | None = None,
+) -> Iterator[dict[str, InputStatistics]]:
+    """While open, gather statistics of each linear input (after its online rotation), by the input's path.
+
+    ``create`` makes what gathers, from an input and its channels; without it, plain statistics are gathered.
+    """
+    statistics: dict[str, InputStatistics] = {}
+    handles = []
+    for entry in inputs:
+        linear: Any = layer.get_submodule(entry.linear_paths[0])
+        linear = getattr(linear, "linear", linear)
+        channels = linear.weight.shape[1]
+        if create is None:
+            gathered = InputStatistics(channels, device, with_hessian=with_hessian)
+        else:
+            gathered = create(entry, channels)
+        statistics[entry.path] = gathered
+        handles.append(linear.register_forward_pre_hook(_input_hook(gathered)))
+    try:
+        yield statistics
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def collect_cache_means(
+    attention: nn.Module, rotary: KeyRotary | None
+) -> Iterator[dict[str, MeanStatistics]]:
+    """While open, gather the mean key before RoPE and the mean value of an attention run without a cache.
+
+    They are measured where a cache would take them, and RoPE is undone, so that norms of keys and fused
+    projections need not be known. Under the names ``key`` and ``value``: means over tokens, ``[kv_heads,
+    head_dim]``.
+    """
+    observer = _CacheObserver(rotary)
+    handle = attention.register_forward_pre_hook(observer.before_attention, with_kwargs=True)
+    try:
+        yield observer.means
+    finally:
+        handle.remove()
+
+
+class _CacheObserver:
+    """Stands where a cache would, and hands keys and values back as they came."""
+
+    def __init__(self, rotary: KeyRotary | None) -> None:
+        self.rotary = rotary
+        self.means = {"key": MeanStatistics(), "value": MeanStatistics()}
+        self.position_ids: Tensor | None = None
+
+    def before_attention(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.position_ids = kwargs.get("position_ids")
+        return args, {**kwargs, "past_key_values": self}
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        before = keys.float()
+        if self.rotary is not None:
+            positions = self.rotary.mark(token_positions(self.position_ids, keys, 0))
+            before = self.rotary.undo(before, positions)
+        self.means["key"].add(before.transpose(1, 2))
+        self.means["value"].add(values.transpose(1, 2))
+        return keys, values
+
+
+def _input_hook(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        statistics.add(args[0])
+
+    return hook

@@ -1,0 +1,1 @@
+"""Folding rotations into weights."""

@@ -1,0 +1,318 @@
+"""From a model and a recipe to a checkpoint on disk: the steps of ``rrsq quantize``, without a terminal."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import InterruptedRunError, UsageError
+from ...models import ModelFamily, family_for
+from ...recipe import Recipe
+from ...runtime.format.format import CalibrationInfo, CheckpointInfo, parse_info
+from ...runtime.format.loading import load_config
+from ...runtime.scheme import check_recipe
+from ...storage import check_output, check_space, flush, library_versions, storage_errors
+from ..calibration.stored import StoredCalibration
+from ..calibration.text import load_documents
+from ..calibration.windows import calibration_windows, data_fingerprint
+from ..calibration.workers import ALONE, Workers
+from ..checks import check_stored
+from ..pipeline import quantize_model
+from ..projection import projected_memory
+from ..report import QuantizationReport
+from .layout import parse_size, plan_shards
+from .opening import NoteCallback, OpenedModel, open_model, planned_tensors
+from .shard_files import ShardFiles
+from .streaming import StreamingStore
+from .work_folder import WorkFolder, was_published, work_path
+from .writer import checkpoint_info, copy_processor, write_beside
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "Calibration",
+    "CalibrationText",
+    "OutputOptions",
+    "Produced",
+    "StepCallback",
+    "check_source",
+    "load_calibration",
+    "open_calibration",
+    "produce_checkpoint",
+]
+
+StepCallback = Callable[[int, int, int, str], None]
+"""Called with the steps done, the steps in all, the steps of one decoder layer, and what is being done.
+
+The totals are 0 while they are not known: before the first layer and while the checkpoint is written.
+"""
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Which text to calibrate on, and how much of it."""
+
+    source: str = "wikitext2"
+    num_samples: int = 128
+    sequence_length: int = 2048
+    seed: int = 0
+    """Of the windows' places."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model is calibrated on.
+
+    Attributes:
+        windows: int64 ``[samples, tokens]``; None with ``stored``.
+        info: what a checkpoint says of it.
+        stored: statistics to use in place of windows, or None.
+    """
+
+    windows: Tensor | None
+    info: CalibrationInfo
+    stored: StoredCalibration | None = None
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where a checkpoint goes, and how.
+
+    Attributes:
+        folder: which appears whole or not at all.
+        overwrite: replace it if it exists.
+        max_shard_size: of one safetensors file.
+        restart: throw away what an unfinished run of the same output left.
+        offload: folder on a fast disk for calibration's activations; None keeps them in memory.
+    """
+
+    folder: Path
+    overwrite: bool = False
+    max_shard_size: str = "5GB"
+    restart: bool = False
+    offload: Path | None = None
+
+
+@dataclass(frozen=True)
+class Produced:
+    """A checkpoint that was written: what it says of itself, and how its quantization went."""
+
+    info: CheckpointInfo
+    report: QuantizationReport
+
+
+def check_source(model: str, data_root: Path | None = None) -> ModelFamily:
+    """Refuse a model that cannot be quantized before anything large is read; return its family.
+
+    Raises:
+        ModelLoadError: there is no such model.
+        UnsupportedArchitectureError: no family is known for it.
+        UsageError: it is quantized already.
+    """
+    config = load_config(model, data_root)
+    family = family_for(config)
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method is not None and not model.endswith(".gguf"):
+        raise UsageError(
+            f"'{model}' is quantized already ({method}). Quantize the original model, in 16 or 32 bits."
+        )
+    return family
+
+
+def load_calibration(
+    tokenizer: PreTrainedTokenizerBase, text: CalibrationText, data_root: Path | None = None
+) -> Calibration:
+    """Fetch the calibration text and cut it into windows.
+
+    Raises:
+        DataError: it cannot be found or read, or is too short for one window.
+    """
+    documents = load_documents(text.source, split="train", data_root=data_root)
+    windows = calibration_windows(tokenizer, documents, text.num_samples, text.sequence_length, text.seed)
+    info = CalibrationInfo(
+        source=text.source,
+        num_samples=windows.shape[0],
+        sequence_length=windows.shape[1],
+        fingerprint=data_fingerprint(windows),
+    )
+    return Calibration(windows, info)
+
+
+def open_calibration(folder: Path, recipe: Recipe, seed: int) -> Calibration:
+    """Use the statistics of a folder of ``rrsq calibrate`` in place of text.
+
+    Args:
+        folder: that ``rrsq calibrate`` wrote.
+        recipe: to be applied.
+        seed: of the rotations' random signs.
+
+    Raises:
+        CalibrationError: it is no such folder, or lacks what the recipe needs.
+    """
+    stored = StoredCalibration(folder)
+    check_stored(stored, recipe, seed)
+    manifest = stored.manifest
+    info = CalibrationInfo(
+        source=manifest.data_source,
+        num_samples=manifest.num_samples,
+        sequence_length=manifest.sequence_length,
+        fingerprint=manifest.data_fingerprint,
+        stored=True,
+    )
+    return Calibration(None, info, stored)
+
+
+def produce_checkpoint(
+    model: str,
+    recipe: Recipe,
+    output: OutputOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Calibration | None,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    data_root: Path | None = None,
+    workers: Workers = ALONE,
+    on_step: StepCallback = lambda done, total, per_layer, text: None,
+    on_note: NoteCallback = lambda text: None,
+) -> Produced:
+    """Quantize a model and write its checkpoint, which appears whole or not at all.
+
+    Weights are read and written one decoder layer at a time. What is finished is kept beside the output
+    (:class:`WorkFolder`) until the output is whole; the same call goes on from there after a stop.
+
+    Args:
+        model: Hub id, Hugging Face folder or ``.gguf`` file.
+        recipe: what to do.
+        output: where to write.
+        tokenizer: the model's, written beside the weights.
+        calibration: the windows or what was stored of them; None if the recipe needs none.
+        seed: of the rotations' random signs.
+        device: where layers are computed.
+        data_root: folder laid out like the Hub, looked in before it.
+        workers: processes that share the calibration text; rank 0 writes.
+        on_step: told of progress.
+        on_note: told what a user may want to know.
+
+    Raises:
+        RRSQError: as :func:`open_model`, :func:`quantize_model` and :class:`WorkFolder` do.
+    """
+    if not was_published(output.folder):
+        check_output(output.folder, overwrite=output.overwrite)
+    max_shard_size = parse_size(output.max_shard_size)
+    on_step(0, 0, 0, "reading the model")
+    opened = open_model(model, data_root, on_note)
+    stored = None if calibration is None else calibration.stored
+    if stored is not None:
+        stored.check_model(opened.fingerprint, model)
+    identity = {
+        "the recipe": recipe.model_dump(mode="json"),
+        "the model": asdict(opened.fingerprint),
+        "the calibration text": None if calibration is None else calibration.info.model_dump(mode="json"),
+        "the seed": seed,
+        "--max-shard-size": max_shard_size,
+        "the kind of device": device,
+        "the number of processes": workers.count,
+        "the versions of the libraries": library_versions(),
+    }
+    kept = f"Finished layers are kept in '{work_path(output.folder)}'"
+    with (
+        storage_errors(output.folder, left=kept),
+        WorkFolder.locked(output.folder, identity, restart=output.restart, workers=workers) as work,
+    ):
+        try:
+            if work.manifest.result is None:
+                run = _Production(opened, recipe, output, tokenizer, calibration, seed, device, workers, work)
+                run.execute(max_shard_size, model, on_step, on_note)
+            workers.wait()
+            made = work.manifest.result or {}
+            if workers.rank == 0:
+                work.publish(overwrite=output.overwrite)
+        except KeyboardInterrupt as interrupt:
+            done = work.manifest.finished
+            left = f" {done} finished layers are kept: the same command goes on from there." if done else ""
+            raise InterruptedRunError(f"stopped by the user before it was done.{left}") from interrupt
+    return Produced(parse_info(made["info"]), QuantizationReport.from_dict(made["report"]))
+
+
+@dataclass(frozen=True)
+class _Production:
+    """One run of :func:`produce_checkpoint` in its work folder."""
+
+    opened: OpenedModel
+    recipe: Recipe
+    output: OutputOptions
+    tokenizer: PreTrainedTokenizerBase
+    calibration: Calibration | None
+    seed: int
+    device: str
+    workers: Workers
+    work: WorkFolder
+
+    def execute(self, max_shard_size: int, name: str, on_step: StepCallback, on_note: NoteCallback) -> None:
+        """Quantize and fill the staging folder; the manifest's result says that it is done."""
+        model = self.opened.model
+        check_recipe(self.recipe, family_for(model.config), model)
+        layout = plan_shards(planned_tensors(model.config, self.opened.dtype, self.recipe), max_shard_size)
+        files = ShardFiles(self.work.staging, layout)
+        windows = None if self.calibration is None else self.calibration.windows
+        stored = None if self.calibration is None else self.calibration.stored
+        if self.workers.rank == 0:
+            self._prepare(files, on_note)
+        self.workers.wait()
+        on_step(0, 0, 0, "quantizing")
+        layers = model.config.get_text_config().num_hidden_layers
+        with StreamingStore(
+            model, self.opened.weights, files, self.work, self.workers, self.output.offload
+        ) as store:
+            quantized = quantize_model(
+                model,
+                self.recipe,
+                windows,
+                stored=stored,
+                seed=self.seed,
+                device=self.device,
+                store=store,
+                workers=self.workers,
+                progress=lambda done, total, text: on_step(done, total, total // layers, text),
+            )
+            store.finish()
+        info = checkpoint_info(
+            quantized,
+            seed=self.seed,
+            source_model=name.rstrip("/").rsplit("/", 1)[-1],
+            calibration=None if self.calibration is None else self.calibration.info,
+        )
+        self.work.manifest.result = {
+            "info": info.model_dump(mode="json"),
+            "report": quantized.report.to_dict(),
+        }
+        if self.workers.rank == 0:
+            write_beside(quantized, self.tokenizer, info, self.work.staging, layout)
+            if self.opened.folder is not None:
+                copy_processor(self.opened.folder, self.work.staging)
+            flush(self.work.staging)
+            self.work.save()
+
+    def _prepare(self, files: ShardFiles, on_note: NoteCallback) -> None:
+        """Say what the run will need, and take the disk space for it."""
+        config = self.opened.model.config
+        windows = None if self.calibration is None else self.calibration.windows
+        samples, tokens = (0, 0) if windows is None else windows.shape
+        peak = projected_memory(
+            self.opened.model, self.recipe, samples, tokens, offloaded=self.output.offload is not None
+        )
+        on_note(peak.describe(self.device))
+        if self.work.manifest.layers is not None:
+            layers = config.get_text_config().num_hidden_layers
+            on_note(f"Going on from layer {self.work.manifest.finished + 1} of {layers}.")
+            return
+        check_space(self.output.folder, files.layout.file_bytes + 2 * peak.activations)
+        shutil.rmtree(files.folder, ignore_errors=True)
+        files.folder.mkdir()
+        files.create()

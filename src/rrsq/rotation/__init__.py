@@ -1,1 +1,0 @@
-"""Building Hadamard matrices and folding rotations into weights."""

@@ -1,0 +1,1 @@
+"""What a finished checkpoint needs to run: modules, KV cache, rotations, the format and its loading."""

@@ -1,0 +1,156 @@
+"""A checkpoint in words, one line a subject: for the model card and ``rrsq inspect``."""
+
+from __future__ import annotations
+
+from ...recipe import INPUTS, Activations, Weights
+from .format import CheckpointInfo, PlanInfo
+
+__all__ = [
+    "LAYER_COLUMNS",
+    "describe_activations",
+    "describe_cache",
+    "describe_calibration",
+    "describe_exceptions",
+    "describe_head",
+    "describe_layers",
+    "describe_rotation",
+    "describe_weights",
+]
+
+_ROTATIONS = {
+    "more_intermediate": "intermediate of other MLPs ({})",
+    "residual_online": "residual ({}), online at the inputs of attention and MLP, since norms behind them"
+    " keep it from being folded",
+}
+
+
+def describe_weights(info: CheckpointInfo) -> str:
+    """Bits, method and groups of the weights."""
+    return _weights(info.recipe.weights)
+
+
+def describe_activations(info: CheckpointInfo) -> str:
+    """Bits and smoothing of the activations."""
+    return _activations(info.recipe.activations)
+
+
+def describe_head(info: CheckpointInfo) -> str:
+    """Bits of the output head."""
+    bits = info.recipe.head.bits
+    return "16 bits" if bits == 16 else f"INT{bits} weights, 16-bit activations"
+
+
+def describe_exceptions(info: CheckpointInfo) -> str:
+    """What is treated otherwise than the lines above say, by pattern; empty if nothing is."""
+    parts = []
+    for override in info.recipe.overrides:
+        changes = []
+        if override.weights is not None:
+            changes.append(f"weights {_weights(override.weights)}")
+        if override.activations is not None:
+            changes.append(f"activations {_activations(override.activations)}")
+        parts.append(f"{override.match}: {', '.join(changes)}")
+    parts += [f"{pattern}: full precision" for pattern in info.recipe.modules_to_not_convert]
+    return "; ".join(parts)
+
+
+def describe_cache(info: CheckpointInfo) -> str:
+    """Bits of cached keys and values."""
+    cache = info.recipe.kv_cache
+    if cache is None:
+        return "16 bits"
+    wide = [index for index, bits in enumerate(info.key_bits) if bits != cache.keys.bits]
+    keys, values = cache.keys, cache.values
+    text = (
+        f"INT{keys.bits} keys ({keys.bits_per_entry:g} bits with scales),"
+        f" INT{values.bits} values ({values.bits_per_entry:g})"
+    )
+    return f"{text}; 8-bit keys in layers {', '.join(map(str, wide))}" if wide else text
+
+
+def describe_rotation(info: CheckpointInfo) -> str:
+    """The rotations and their sizes."""
+    parts = [
+        _ROTATIONS.get(name, f"{name.replace('_', ' ')} ({{}})").format(_plans(plans))
+        for name, plans in info.rotation
+        if plans is not None
+    ]
+    return "; ".join(parts) or "none"
+
+
+def _plans(plans: PlanInfo | tuple[PlanInfo, ...]) -> str:
+    return " and ".join(
+        str(plan.size) if plan.block == plan.size else f"{plan.size}, blocks of {plan.block}"
+        for plan in (plans if isinstance(plans, tuple) else (plans,))
+    )
+
+
+def describe_calibration(info: CheckpointInfo) -> str:
+    """The calibration text."""
+    calibration = info.calibration
+    if calibration is None:
+        return "none needed"
+    text = (
+        f"{calibration.num_samples} windows of {calibration.sequence_length} tokens of {calibration.source}"
+    )
+    return f"{text}, statistics of the full-precision model" if calibration.stored else text
+
+
+def describe_layers(info: CheckpointInfo) -> tuple[list[str], list[list[str]]]:
+    """What was measured of each layer, as the headings and the rows of a table.
+
+    Columns of which no layer has a number are left out; :data:`LAYER_COLUMNS` explains them.
+    """
+    count = max(map(len, (info.layer_snr_db, info.weight_snr_db, info.cache_error, info.key_bits)))
+    found = dict.fromkeys(name for layer in info.weight_snr_db for name in layer)
+    # In the order a layer runs them; a configuration is written with its keys in the order of the alphabet.
+    order: dict[str, int] = {name: place for place, name in enumerate(INPUTS)}
+    names = sorted(found, key=lambda name: order.get(name.rsplit(".", 1)[-1], len(order)))
+    last = [name.rsplit(".", 1)[-1] for name in names]
+    titles = last if len(set(last)) == len(last) else names
+    columns: list[tuple[str, list[str]]] = [
+        ("layer", [str(index) for index in range(count)]),
+        ("output SNR (dB)", [_number(value, ".1f") for value in info.layer_snr_db]),
+        *(
+            (f"{title} weights (dB)", [_number(snr.get(name), ".1f") for snr in info.weight_snr_db])
+            for name, title in zip(names, titles, strict=True)
+        ),
+        ("cache error", [_number(value, ".2%") for value in info.cache_error]),
+        ("key bits", [str(bits) for bits in info.key_bits]),
+    ]
+    shown = [(heading, cells) for heading, cells in columns if any(cells)]
+    rows = [[cells[index] if index < len(cells) else "" for _, cells in shown] for index in range(count)]
+    return [heading for heading, _ in shown], rows
+
+
+LAYER_COLUMNS = (
+    "Output SNR: signal over error of the layer's output on calibration text, against full precision on the"
+    " same inputs. Weights: the same of one input's linears when only the weights are quantized. Cache error:"
+    " relative error of the attention's output that the quantized cache alone causes."
+)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _weights(weights: Weights) -> str:
+    if weights.bits == 16:
+        return "16 bits"
+    groups = "one scale a row"
+    if weights.group_size is not None:
+        groups = f"groups of up to {weights.group_size} with integer multipliers"
+    return f"INT{weights.bits}, {weights.method.upper()}, {groups}"
+
+
+def _activations(activations: Activations) -> str:
+    if activations.bits == 16:
+        return "16 bits"
+    smoothing = activations.smoothing
+    if smoothing is None:
+        return f"INT{activations.bits}, one scale a token"
+    fold = "integer-folded scales" if smoothing.fold == "integer" else "real scales"
+    return (
+        f"INT{activations.bits}, runtime smoothing of {smoothing.scope} scope, groups of up to"
+        f" {smoothing.group_size}, {fold}"
+    )

@@ -1,0 +1,243 @@
+"""Loading models and tokenizers: checkpoints, Hugging Face folders, Hub ids and GGUF files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import CheckpointError, ModelLoadError, RRSQError, StorageError
+from .config_file import read_config
+from .json_file import read_json_object
+from .shards import read_shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "first_line",
+    "is_checkpoint",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "locate_model",
+]
+
+
+_LEAST_VOCABULARY = 16
+# Arguments of from_pretrained by which it takes other files than model.safetensors and the index.
+_OTHER_FILES = {"variant", "subfolder"}
+
+
+def locate_model(path: str, data_root: Path | str | None = None) -> tuple[str, dict[str, Any]]:
+    """What to give to ``from_pretrained``: a folder or Hub id, and ``gguf_file`` for a GGUF file.
+
+    A Hub id is looked for under ``data_root`` (else ``RRSQ_DATA_ROOT``) first, as ``<root>/<org>/<name>``.
+
+    Raises:
+        ModelLoadError: a local path that does not exist or holds no model.
+    """
+    local = Path(path).expanduser()
+    if local.suffix.lower() == ".gguf":
+        if not local.is_file():
+            raise ModelLoadError(f"There is no GGUF file '{path}'.")
+        return str(local.parent), {"gguf_file": local.name}
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ModelLoadError(
+                f"The folder '{path}' holds no config.json. Give the folder of a Hugging Face model or of an"
+                " rrsq checkpoint."
+            )
+        return str(local), {}
+    if local.exists():
+        raise ModelLoadError(f"'{path}' is a file. Give a folder, a Hub id or a .gguf file.")
+    root = data_root or os.environ.get("RRSQ_DATA_ROOT")
+    if root and (Path(root) / path / "config.json").is_file():
+        return str(Path(root) / path), {}
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path.strip():
+        raise ModelLoadError(f"There is no model folder '{path}'.")
+    return path, {}
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a local folder is an rrsq checkpoint."""
+    try:
+        return _says_rrsq(read_json_object(Path(path) / "config.json"))
+    except CheckpointError:
+        return False
+
+
+def _says_rrsq(config: dict[str, Any]) -> bool:
+    section = config.get("quantization_config")
+    return isinstance(section, dict) and section.get("quant_method") == "rrsq"
+
+
+def load_config(path: str, data_root: Path | str | None = None) -> Any:
+    """The transformers configuration of a model; cheap, so that an unsupported one is refused early.
+
+    Raises:
+        ModelLoadError: it cannot be found, reached or read.
+        CheckpointError: it is no valid JSON, or asks for absurd sizes or for code from elsewhere.
+    """
+    from transformers import AutoConfig
+
+    name, options = locate_model(path, data_root)
+    _check_files(name, options)
+    with _explained(path, "configuration"):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+
+
+def load_model(
+    path: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    data_root: Path | str | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a causal language model, quantized or not, for inference.
+
+    Args:
+        path: checkpoint, Hugging Face folder, Hub id or ``.gguf`` file.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: of what is not quantized; ``auto`` takes the configuration's.
+        data_root: see :func:`locate_model`.
+        kwargs: passed on to ``from_pretrained``. Only here can code of the model be asked for
+            (``trust_remote_code=True``), or pickled weights (``use_safetensors=False``).
+
+    Raises:
+        ModelLoadError: the model cannot be found, reached or read.
+        CheckpointError: a quantized checkpoint is damaged or of an unknown format.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    name, options = locate_model(path, data_root)
+    if "gguf_file" in options and dtype == "auto":
+        dtype = "bfloat16"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_files(name, options, "generation_config.json")
+    options |= {"trust_remote_code": False, "use_safetensors": True, **kwargs, "output_loading_info": True}
+    if options["use_safetensors"] and not kwargs.keys() & _OTHER_FILES:
+        _check_shards(name, options)
+    with _explained(path, "model"):
+        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    if report["missing_keys"]:
+        raise ModelLoadError(
+            f"The model in '{path}' lacks the tensor '{min(report['missing_keys'])}'. A file of it may not"
+            " have been copied, or its config.json belongs to another model."
+        )
+    if "gguf_file" in options:
+        _forget_gguf(model)
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: str, data_root: Path | str | None = None) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        ModelLoadError: there is none, or it cannot be reached or read.
+    """
+    from transformers import AutoTokenizer
+
+    name, options = locate_model(path, data_root)
+    _check_files(name, options, "tokenizer_config.json")
+    with _explained(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+        tokenizer("A probe, since damage may show only in use.")
+    # Without any tokenizer file transformers makes one that knows only a few special tokens.
+    if len(tokenizer) < _LEAST_VOCABULARY:
+        raise _no_tokenizer(path, f"it knows only {len(tokenizer)} tokens")
+    return tokenizer
+
+
+def _check_files(name: str, options: dict[str, Any], *others: str) -> None:
+    """Look at the JSON files of a local folder before transformers builds anything by them."""
+    folder = Path(name)
+    if "gguf_file" in options or not folder.is_dir():
+        return
+    read_config(folder)
+    for other in others:
+        if os.path.lexists(folder / other):
+            read_json_object(folder / other)
+
+
+def _check_shards(name: str, options: dict[str, Any]) -> None:
+    """Look at the headers of a local folder's shards: transformers says less of what is wrong with them."""
+    folder = Path(name)
+    if "gguf_file" not in options and folder.is_dir() and "transformers_weights" not in read_config(folder):
+        read_shards(folder)
+
+
+@contextmanager
+def _explained(path: str, what: str) -> Iterator[None]:
+    """Make one clear error of whatever is raised inside."""
+    try:
+        yield
+    except (RRSQError, MemoryError):
+        raise
+    except Exception as error:
+        raise _explain(error, path, what) from error
+    except BaseException as error:
+        # A panic of a library written in Rust is no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise _explain(RuntimeError(str(error)), path, what) from error
+
+
+def _forget_gguf(model: Any) -> None:
+    """A GGUF file is dequantized as it is loaded; without its mark the model can be saved like any other."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _explain(error: Exception, path: str, what: str) -> RRSQError:
+    """One clear error from whatever transformers, safetensors or the Hub client raised."""
+    if isinstance(error, OSError) and error.errno is not None and not Path(path).exists():
+        return StorageError(f"The {what} of '{path}' cannot be read: {error.strerror}.")
+    reason = first_line(error)
+    if Path(path).is_dir():
+        if what == "tokenizer":
+            return _no_tokenizer(path, reason)
+        if is_checkpoint(path):
+            return CheckpointError(f"The checkpoint '{path}' cannot be loaded: {reason}.")
+        return ModelLoadError(f"The {what} in '{path}' cannot be loaded: {reason}.")
+    if Path(path).exists():
+        return ModelLoadError(f"The {what} of '{path}' cannot be loaded: {reason}.")
+    if _missing_on_hub(error):
+        return ModelLoadError(
+            f"There is no model '{path}', neither as a local folder nor on the Hugging Face Hub (or it is"
+            " private: log in with 'hf auth login')."
+        )
+    return ModelLoadError(
+        f"The {what} of '{path}' is not on this machine and the Hugging Face Hub cannot be reached"
+        f" ({reason}). Give a local folder, or name with --data-root or RRSQ_DATA_ROOT a folder laid out like"
+        f" the Hub that holds '{path}/config.json'."
+    )
+
+
+def _no_tokenizer(path: str, reason: str) -> ModelLoadError:
+    return ModelLoadError(
+        f"'{path}' has no usable tokenizer ({reason}). Copy tokenizer.json and tokenizer_config.json of the"
+        " original model into its folder."
+    )
+
+
+def _missing_on_hub(error: BaseException | None) -> bool:
+    while error is not None:
+        if type(error).__name__ in ("RepositoryNotFoundError", "GatedRepoError", "HFValidationError"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, in one line without the full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else "no message"
+    return text[:300].rstrip(".")

@@ -1,0 +1,1 @@
+"""The KV cache in 4 bits, as caches of transformers."""

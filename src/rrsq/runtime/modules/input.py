@@ -1,0 +1,182 @@
+"""The quantizer of one linear input, shared by every linear that reads it."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ... import kernels
+from .rotation import OnlineHadamard
+
+__all__ = ["FloatInput", "FoldedInput", "InputQuantizer", "InputScheme", "QuantizedInput", "SmoothedInput"]
+
+
+@dataclass(frozen=True)
+class InputScheme:
+    """How one linear input becomes integers.
+
+    Attributes:
+        channels: size of the input.
+        bits: 4, 8, or 16 for no quantization.
+        clip: fraction of the largest magnitude that the top code stands for.
+        group_size: channels that share a smoothing scale; None for no smoothing.
+        scope, statistic: see :class:`rrsq.recipe.Smoothing`.
+        fold: smoothing scales are integers folded into the operand.
+        channel_order: ``none``, ``calibrated`` or ``per_call``.
+    """
+
+    channels: int
+    bits: int = 16
+    clip: float = 1.0
+    group_size: int | None = None
+    scope: str = "token"
+    statistic: str = "max"
+    fold: bool = False
+    channel_order: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.group_size is not None:
+            object.__setattr__(self, "group_size", math.gcd(self.group_size, self.channels))
+
+    @property
+    def simulated(self) -> bool:
+        """Sorting the channels anew in each call has no integer kernel: it is simulated in float32."""
+        return self.channel_order == "per_call" and self.group_size is not None
+
+    @property
+    def stores_order(self) -> bool:
+        """A channel order is stored and folded into the columns of the weights."""
+        return self.channel_order == "calibrated" and self.group_size is not None
+
+
+@dataclass(frozen=True)
+class FloatInput:
+    """Activations in floating point ``[tokens, channels]``: 16-bit ones, or a simulation's."""
+
+    x: Tensor
+
+
+@dataclass(frozen=True)
+class FoldedInput:
+    """int8 ``operand [tokens, channels]`` and float32 ``scale [tokens]``: ``x ≈ operand * scale``."""
+
+    operand: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class SmoothedInput:
+    """int8 ``codes``, float32 ``scale [tokens]`` and ``group_scale [sets, groups]`` of real smoothing."""
+
+    codes: Tensor
+    scale: Tensor
+    group_scale: Tensor
+    tokens_per_set: int
+
+
+QuantizedInput = FloatInput | FoldedInput | SmoothedInput
+
+
+class InputQuantizer(nn.Module):
+    """Rotate, smooth and quantize the input of one or more linears.
+
+    Linears of one input call it one after the other with the same tensor; the result of the first call is
+    kept until the last of them has read it.
+
+    Args:
+        scheme: how to quantize.
+        rotation: online rotation applied first, or None.
+        consumers: number of linears that share the input.
+    """
+
+    channel_order: Tensor | None
+
+    def __init__(
+        self, scheme: InputScheme, rotation: OnlineHadamard | None = None, consumers: int = 1
+    ) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.rotation = rotation
+        self.consumers = consumers
+        order = torch.arange(scheme.channels, dtype=torch.int32) if scheme.stores_order else None
+        self.register_buffer("channel_order", order)
+        self._shared: tuple[weakref.ref[Tensor], QuantizedInput] | None = None
+        self._reads_left = 0
+
+    def forward(self, x: Tensor) -> QuantizedInput:
+        """Quantize ``x`` ``[..., channels]``, flattened to tokens."""
+        if self.consumers == 1 or torch.compiler.is_compiling():
+            return self.quantize(x)
+        if self._shared is not None and self._shared[0]() is x:
+            result = self._shared[1]
+        else:
+            result = self.quantize(x)
+            self._shared = (weakref.ref(x), result)
+            self._reads_left = self.consumers
+        self._reads_left -= 1
+        if self._reads_left == 0:
+            self._shared = None
+        return result
+
+    def quantize(self, x: Tensor) -> QuantizedInput:
+        """Quantize ``x`` ``[..., channels]`` without sharing the result."""
+        scheme = self.scheme
+        rows = x.reshape(-1, scheme.channels)
+        if scheme.bits == 16 or scheme.simulated:
+            return FloatInput(self.simulate(rows).to(x.dtype))
+        if scheme.group_size is None or scheme.fold:
+            return self._folded(rows)
+        codes, scale, group_scale = kernels.quantize_smoothed(
+            rows,
+            scheme.bits,
+            scheme.group_size,
+            scheme.scope,
+            scheme.statistic,
+            scheme.clip,
+            self.channel_order,
+            *self._rotation_arguments(rows.device),
+        )
+        size = kernels.tokens_per_set(scheme.scope, rows.shape[0])
+        return SmoothedInput(codes, scale, group_scale, size)
+
+    def _rotation_arguments(self, device: torch.device) -> tuple[Tensor | None, int, int]:
+        rotation = self.rotation
+        return (
+            (None, 0, 1) if rotation is None else (rotation.base(device), rotation.plan.block, rotation.inner)
+        )
+
+    def _folded(self, rows: Tensor) -> FoldedInput:
+        scheme = self.scheme
+        rotation = self._rotation_arguments(rows.device)
+        return FoldedInput(
+            *kernels.quantize_folded(rows, scheme.bits, scheme.group_size, scheme.clip, *rotation)
+        )
+
+    def simulate(self, x: Tensor) -> Tensor:
+        """What the quantized input stands for: float32 ``[..., channels]`` in the original channel order."""
+        scheme = self.scheme
+        if scheme.bits != 16 and (scheme.group_size is None or scheme.fold):
+            folded = self._folded(x.reshape(-1, scheme.channels))
+            return (folded.operand.float() * folded.scale.unsqueeze(1)).view(x.shape)
+        x = x.float() if self.rotation is None else self.rotation(x.float())
+        if scheme.bits == 16 or scheme.group_size is None:
+            return x
+        rows = x.reshape(-1, scheme.channels)
+        order = rows.abs().amax(0).argsort() if scheme.simulated else self.channel_order
+        codes, scale, group_scale = kernels.quantize_smoothed(
+            rows, scheme.bits, scheme.group_size, scheme.scope, scheme.statistic, scheme.clip, order
+        )
+        size = kernels.tokens_per_set(scheme.scope, rows.shape[0])
+        per_token = group_scale.repeat_interleave(size, 0)[: rows.shape[0]]
+        values = codes.float() * scale.unsqueeze(1) * per_token.repeat_interleave(scheme.group_size, 1)
+        if order is not None:
+            values = torch.empty_like(values).index_copy_(1, order.long(), values)
+        return values.view(x.shape)
+
+    def extra_repr(self) -> str:
+        """The scheme, for ``print(model)``."""
+        return ", ".join(f"{key}={value}" for key, value in vars(self.scheme).items())

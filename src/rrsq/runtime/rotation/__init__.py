@@ -1,0 +1,1 @@
+"""Hadamard matrices and the rotations of a model."""
