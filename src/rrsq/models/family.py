@@ -105,6 +105,11 @@ class LinearInput:
         """Attribute of ``parent`` under which a quantized model keeps the input's quantizer."""
         return f"{self.name}_input"
 
+    @property
+    def fused_name(self) -> str:
+        """Attribute of ``parent`` under which a quantized model keeps the input's linears as one."""
+        return f"{self.name}_fused"
+
 
 @dataclass(frozen=True)
 class ModelFamily:

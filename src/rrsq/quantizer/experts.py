@@ -12,7 +12,7 @@ from ..models import LinearInput
 from ..recipe import Weights
 from ..runtime.assemble import quantize_input_modules
 from ..runtime.modules.experts import Experts
-from ..runtime.modules.packed import PackedWeight
+from ..runtime.modules.linear import PackedWeight
 from ..runtime.rotation.rotations import Rotations
 from ..runtime.scheme import Treatment
 from .calibration.experts import RoutedTokens, expert_statistics, fewest_tokens

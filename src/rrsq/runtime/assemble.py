@@ -14,8 +14,7 @@ from .kv_cache.rope import KeyRotary
 from .modules.experts import Experts, QuantizedExpertLinear
 from .modules.input import InputQuantizer, InputScheme
 from .modules.int8_linear import Int8Linear
-from .modules.linear import QuantizedLinear
-from .modules.packed import PackedWeight
+from .modules.linear import FusedLinears, PackedWeight, QuantizedLinear
 from .modules.rotation import RotatedLinear, online_rotation
 from .rotation.rotations import Rotations
 from .scheme import Treatment, changes_linears, group_size_for, head_is_kept, input_scheme
@@ -27,6 +26,7 @@ __all__ = [
     "open_experts",
     "quantize_head_module",
     "quantize_input_modules",
+    "settle",
     "treated_inputs",
 ]
 
@@ -82,12 +82,15 @@ def quantize_input_modules(
     if not how.linears:
         return {}
     scheme = input_scheme(how.activations, entry, channels)
-    quantizer = InputQuantizer(scheme, rotation, consumers=len(how.linears))
+    quantizer = InputQuantizer(scheme, rotation)
     setattr(parent, entry.quantizer_name, quantizer)
     replaced = {}
     for name in how.linears:
         replaced[name] = _empty(originals[name], how.weights, quantizer)
         setattr(parent, name, replaced[name])
+    biases = {linear.bias is not None for linear in originals.values()}
+    if len(entry.linears) > 1 and how.linears == entry.linears and len(biases) == 1:
+        setattr(parent, entry.fused_name, FusedLinears(parent, entry.linears))
     return replaced
 
 
@@ -130,6 +133,20 @@ def quantize_head_module(model: nn.Module, family: ModelFamily, recipe: Recipe) 
         )
     model.set_submodule(family.head, new)
     return new
+
+
+def settle(model: nn.Module) -> None:
+    """Do once what a model would do in its first forward pass, so that a compiled one need not trace it.
+
+    To be called when its tensors are loaded, where they stay.
+    """
+    for module in model.modules():
+        if isinstance(module, FusedLinears):
+            module.join()
+        elif isinstance(module, PackedWeight) and module.input_quantizer.rotation is not None:
+            module.input_quantizer.rotation.base(module.weight_packed.device)
+        elif isinstance(module, RotatedLinear):
+            module.rotation.base(module.weight.device)
 
 
 def key_rotary(model: nn.Module, family: ModelFamily, index: int) -> KeyRotary | None:

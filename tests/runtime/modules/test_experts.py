@@ -120,13 +120,13 @@ def test_tokens_do_not_depend_on_each_other(scheme: str) -> None:
 def test_a_token_is_quantized_once_whatever_its_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = random_experts(SCHEMES["folded 16"])
     seen: list[tuple[int, ...]] = []
-    original = InputQuantizer.quantize
+    original = InputQuantizer.forward
 
     def counting(self: InputQuantizer, x: Tensor) -> Any:
         seen.append(tuple(x.shape))
         return original(self, x)
 
-    monkeypatch.setattr(InputQuantizer, "quantize", counting)
+    monkeypatch.setattr(InputQuantizer, "forward", counting)
     experts(*routed(9))
     assert seen == [(9, HIDDEN), (9 * TOP_K, INNER)]
 

@@ -1,4 +1,4 @@
-"""The shared input quantizer: what it stands for, and that linears of one input pay for it once."""
+"""The input quantizer: the forms of what it gives, and what they stand for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from rrsq import kernels
 from rrsq.runtime.modules.input import FloatInput, FoldedInput, InputQuantizer, InputScheme, SmoothedInput
 from rrsq.runtime.modules.rotation import OnlineHadamard
 from rrsq.runtime.rotation.hadamard import orthonormal, plan_hadamard
@@ -53,16 +52,16 @@ def test_the_group_size_is_reduced_to_a_divisor() -> None:
     ],
 )
 def test_each_scheme_has_its_form(scheme: InputScheme, kind: type) -> None:
-    assert isinstance(InputQuantizer(scheme).quantize(activations(2, 3)), kind)
+    assert isinstance(InputQuantizer(scheme)(activations(2, 3)), kind)
 
 
 def test_sixteen_bits_are_left_alone_but_rotated() -> None:
     x = activations(2, 3)
-    plain = InputQuantizer(InputScheme(CHANNELS, 16)).quantize(x)
+    plain = InputQuantizer(InputScheme(CHANNELS, 16))(x)
     assert isinstance(plain, FloatInput)
     assert torch.equal(plain.x, x.view(6, CHANNELS))
     plan = plan_hadamard(CHANNELS)
-    rotated = InputQuantizer(InputScheme(CHANNELS, 16), OnlineHadamard(plan)).quantize(x.to(torch.bfloat16))
+    rotated = InputQuantizer(InputScheme(CHANNELS, 16), OnlineHadamard(plan))(x.to(torch.bfloat16))
     assert isinstance(rotated, FloatInput)
     assert rotated.x.dtype == torch.bfloat16
     expected = x.to(torch.bfloat16).double().numpy().reshape(6, -1) @ orthonormal(plan, torch.float64).numpy()
@@ -73,7 +72,7 @@ def test_a_stored_order_permutes_codes_and_not_the_meaning() -> None:
     """Codes come in the stored order; what they stand for comes back in the original one."""
     x = activations(7)
     quantizer = with_order(InputQuantizer(smoothed_scheme(channel_order="calibrated")))
-    result = quantizer.quantize(x)
+    result = quantizer(x)
     assert isinstance(result, SmoothedInput)
     assert quantizer.channel_order is not None
     order = quantizer.channel_order.numpy()
@@ -98,58 +97,3 @@ def test_sorting_in_each_call_groups_channels_of_like_size() -> None:
     step = np.abs(smooth).max(1, keepdims=True) / 7
     expected[:, order] = np.round(smooth / step) * step * scales
     np.testing.assert_allclose(simulated, expected, rtol=1e-5, atol=1e-6)
-
-
-class Counter:
-    """Counts the calls of a kernel."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        self.calls = 0
-        self.original = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, self)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        return self.original(*args, **kwargs)
-
-
-def test_consumers_share_one_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = Counter(monkeypatch, "quantize_folded")
-    quantizer = InputQuantizer(InputScheme(CHANNELS, 4), consumers=3)
-    x = activations(4)
-    results = [quantizer(x) for _ in range(3)]
-    assert counter.calls == 1
-    assert results[0] is results[1] is results[2]
-    assert quantizer._shared is None
-
-
-def test_another_tensor_is_quantized_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = Counter(monkeypatch, "quantize_folded")
-    quantizer = InputQuantizer(InputScheme(CHANNELS, 4), consumers=2)
-    x = activations(4)
-    quantizer(x)
-    copy = x.clone()
-    assert torch.equal(quantizer(copy).operand, quantizer(copy).operand)
-    assert counter.calls == 2
-
-
-def test_a_buffer_that_is_written_again_is_read_again() -> None:
-    quantizer = InputQuantizer(InputScheme(CHANNELS, 4), consumers=2)
-    x = activations(4)
-    first, _ = (quantizer(x) for _ in range(2))
-    x.copy_(activations(4, seed=1))
-    second, _ = (quantizer(x) for _ in range(2))
-    assert not torch.equal(first.scale, second.scale)
-    expected = x.abs().amax(1) / 7
-    torch.testing.assert_close(second.scale, expected, rtol=1e-6, atol=0)
-
-
-def test_a_dead_tensor_is_not_mistaken_for_a_live_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = Counter(monkeypatch, "quantize_folded")
-    quantizer = InputQuantizer(InputScheme(CHANNELS, 4), consumers=3)
-    for seed in range(5):
-        x = activations(4, seed=seed)
-        result = quantizer(x)
-        torch.testing.assert_close(result.scale, x.abs().amax(1) / 7, rtol=1e-6, atol=0)
-        del x
-    assert counter.calls == 5

@@ -20,6 +20,7 @@ from ..assemble import (
     key_rotary,
     quantize_head_module,
     quantize_input_modules,
+    settle,
     treated_inputs,
 )
 from ..modules.norms import replace_final_norm, replace_layer_norms
@@ -78,6 +79,7 @@ class RRSQQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         check_values(model)
+        settle(model)
 
     def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> list[Any]:
         """None: a checkpoint holds tensors under the names that the model has, not those of the original."""

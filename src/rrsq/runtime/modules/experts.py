@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ... import kernels
 from ...kernels import Routing
 from .input import FoldedInput, InputQuantizer, SmoothedInput
-from .packed import PackedWeight
+from .linear import PackedWeight
 from .rotation import rotated_input
 
 __all__ = ["ExpertLinear", "Experts", "QuantizedExpertLinear"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import weakref
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from ... import kernels
 from .rotation import OnlineHadamard
 
-__all__ = ["FloatInput", "FoldedInput", "InputQuantizer", "InputScheme", "QuantizedInput", "SmoothedInput"]
+__all__ = [
+    "FloatInput",
+    "FoldedInput",
+    "InputQuantizer",
+    "InputScheme",
+    "QuantizedInput",
+    "SmoothedInput",
+    "Weight",
+]
 
 
 @dataclass(frozen=True)
@@ -53,11 +61,35 @@ class InputScheme:
         return self.channel_order == "calibrated" and self.group_size is not None
 
 
+class Weight(NamedTuple):
+    """A packed weight as a product takes it.
+
+    Attributes:
+        packed: uint8 ``[out, in/2]``, layout of :mod:`rrsq.kernels.eager.packing`.
+        scale: float32 ``[out]``.
+        multiplier: uint8 ``[out, in/group_size]`` in 1..15, or None.
+        bias: ``[out]`` or None.
+        unpacked: int8 ``[out, in]`` of the same weight where it is kept, or None.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    multiplier: Tensor | None
+    bias: Tensor | None
+    unpacked: Tensor | None
+
+
 @dataclass(frozen=True)
 class FloatInput:
     """Activations in floating point ``[tokens, channels]``: 16-bit ones, or a simulation's."""
 
     x: Tensor
+
+    def multiply(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """``x Ŵᵀ + b``: ``[tokens, out]`` in ``dtype``, that of ``x``."""
+        return kernels.linear_weight_only(
+            self.x, weight.packed, weight.scale, weight.multiplier, weight.bias, weight.unpacked
+        )
 
 
 @dataclass(frozen=True)
@@ -66,6 +98,19 @@ class FoldedInput:
 
     operand: Tensor
     scale: Tensor
+
+    def multiply(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """``x̂ Ŵᵀ + b``: ``[tokens, out]`` in ``dtype``."""
+        return kernels.linear_folded(
+            self.operand,
+            self.scale,
+            weight.packed,
+            weight.scale,
+            weight.multiplier,
+            weight.bias,
+            dtype,
+            weight.unpacked,
+        )
 
 
 @dataclass(frozen=True)
@@ -77,6 +122,21 @@ class SmoothedInput:
     group_scale: Tensor
     tokens_per_set: int
 
+    def multiply(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """``x̂ Ŵᵀ + b``: ``[tokens, out]`` in ``dtype``."""
+        return kernels.linear_group_scaled(
+            self.codes,
+            self.scale,
+            self.group_scale,
+            self.tokens_per_set,
+            weight.packed,
+            weight.scale,
+            weight.bias,
+            dtype,
+            weight.multiplier,
+            weight.unpacked,
+        )
+
 
 QuantizedInput = FloatInput | FoldedInput | SmoothedInput
 
@@ -84,46 +144,22 @@ QuantizedInput = FloatInput | FoldedInput | SmoothedInput
 class InputQuantizer(nn.Module):
     """Rotate, smooth and quantize the input of one or more linears.
 
-    Linears of one input call it one after the other with the same tensor; the result of the first call is
-    kept until the last of them has read it.
-
     Args:
         scheme: how to quantize.
         rotation: online rotation applied first, or None.
-        consumers: number of linears that share the input.
     """
 
     channel_order: Tensor | None
 
-    def __init__(
-        self, scheme: InputScheme, rotation: OnlineHadamard | None = None, consumers: int = 1
-    ) -> None:
+    def __init__(self, scheme: InputScheme, rotation: OnlineHadamard | None = None) -> None:
         super().__init__()
         self.scheme = scheme
         self.rotation = rotation
-        self.consumers = consumers
         order = torch.arange(scheme.channels, dtype=torch.int32) if scheme.stores_order else None
         self.register_buffer("channel_order", order)
-        self._shared: tuple[weakref.ref[Tensor], QuantizedInput] | None = None
-        self._reads_left = 0
 
     def forward(self, x: Tensor) -> QuantizedInput:
         """Quantize ``x`` ``[..., channels]``, flattened to tokens."""
-        if self.consumers == 1 or torch.compiler.is_compiling():
-            return self.quantize(x)
-        if self._shared is not None and self._shared[0]() is x:
-            result = self._shared[1]
-        else:
-            result = self.quantize(x)
-            self._shared = (weakref.ref(x), result)
-            self._reads_left = self.consumers
-        self._reads_left -= 1
-        if self._reads_left == 0:
-            self._shared = None
-        return result
-
-    def quantize(self, x: Tensor) -> QuantizedInput:
-        """Quantize ``x`` ``[..., channels]`` without sharing the result."""
         scheme = self.scheme
         rows = x.reshape(-1, scheme.channels)
         if scheme.bits == 16 or scheme.simulated:

@@ -1,15 +1,110 @@
-"""A linear layer with INT4 weights and integer arithmetic."""
+"""Linear layers with INT4 weights and integer arithmetic, one by one or all of one input at once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ... import kernels
-from .input import FoldedInput, InputQuantizer, SmoothedInput
-from .packed import PackedWeight
+from .input import InputQuantizer, Weight
 
-__all__ = ["QuantizedLinear"]
+__all__ = ["FusedLinears", "PackedWeight", "Projections", "QuantizedLinear"]
+
+
+class PackedWeight(nn.Module):
+    """Packed INT4 codes with their scales, and the quantizer of what they multiply.
+
+    The input quantizer may be shared with other linears and is owned by their parent, so it is no submodule
+    here.
+
+    Args:
+        shape: ``[..., out, in]`` of the weight; ``in`` is even.
+        group_size: channels an integer multiplier covers, a divisor of ``in``; None for none.
+        input_quantizer: quantizer of the input.
+
+    Attributes:
+        weight_packed: uint8 ``[..., out, in/2]``, layout of :mod:`rrsq.kernels.eager.packing`.
+        weight_scale: float32 ``[..., out]``.
+        weight_multiplier: uint8 ``[..., out, in/group_size]`` in 1..15, or None.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_multiplier: Tensor | None
+
+    def __init__(
+        self, shape: tuple[int, ...], *, group_size: int | None, input_quantizer: InputQuantizer
+    ) -> None:
+        super().__init__()
+        *leading, in_features = shape
+        self.group_size = group_size
+        self.register_buffer("weight_packed", torch.zeros(*leading, in_features // 2, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.zeros(*leading, dtype=torch.float32))
+        multiplier = None
+        if group_size is not None:
+            multiplier = torch.ones(*leading, in_features // group_size, dtype=torch.uint8)
+        self.register_buffer("weight_multiplier", multiplier)
+        self._input = (input_quantizer,)
+        self._operand: Tensor | None = None
+
+    @property
+    def input_quantizer(self) -> InputQuantizer:
+        """The shared quantizer of this weight's input."""
+        return self._input[0]
+
+    def set_weight(
+        self, codes: Tensor, scale: Tensor, multiplier: Tensor | None, index: tuple[int, ...] = ()
+    ) -> None:
+        """Store one matrix: int codes ``[out, in]`` in [-8, 7], float32 scales ``[out]``, multipliers.
+
+        ``index`` says which one where there are several.
+        """
+        self.weight_packed = self.weight_packed.detach()  # Another object: see FusedLinears.
+        self.weight_packed[index] = kernels.pack_int4(codes).to(self.weight_packed.device)
+        self.weight_scale[index] = scale.to(self.weight_scale.device)
+        if self.weight_multiplier is not None and multiplier is not None:
+            self.weight_multiplier[index] = multiplier.to(self.weight_multiplier.device)
+        self._operand = None
+
+    def dequantized_weight(self) -> Tensor:
+        """The weight the codes stand for: float32 ``[..., out, in]``, columns in the stored channel order."""
+        return self._unpacked().float() * self.weight_scale.unsqueeze(-1)
+
+    def _unpacked(self) -> Tensor:
+        """The int8 operand ``[..., out, in]``."""
+        packed, multiplier = self.weight_packed, self.weight_multiplier
+        rows = packed.reshape(-1, packed.shape[-1])
+        groups = None if multiplier is None else multiplier.reshape(-1, multiplier.shape[-1])
+        return kernels.weight_operand(rows, groups).view(*packed.shape[:-1], -1)
+
+    def _cpu_operand(self) -> Tensor | None:
+        """The unpacked int8 weight, kept on CPU: unpacking at each call would cost more than the product."""
+        if self._operand is None and self.weight_packed.device.type == "cpu" and not is_compiling():
+            self._operand = self._unpacked()
+        return self._operand
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes its own unpacked weight, and does not carry the tensor that its linears share.
+        buffers = {name: None if x is None else x.clone() for name, x in self._buffers.items()}
+        return {**self.__dict__, "_operand": None, "_buffers": buffers}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Scales stay float32 whatever dtype the model is cast to; an unpacked copy belongs to the old device.
+        self._operand = None
+        scale = self.weight_scale
+        module = super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return module
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._operand = None
+        super()._load_from_state_dict(*args, **kwargs)
+        self.weight_packed = self.weight_packed.detach()  # Another object: see FusedLinears.
 
 
 class QuantizedLinear(PackedWeight):
@@ -25,6 +120,7 @@ class QuantizedLinear(PackedWeight):
 
     Attributes:
         bias: ``[out]`` or None; for the others see :class:`PackedWeight`.
+        place: which of :attr:`Projections.outputs` is this linear's.
     """
 
     bias: Tensor | None
@@ -43,43 +139,16 @@ class QuantizedLinear(PackedWeight):
         self.in_features = in_features
         self.out_features = out_features
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
+        self.place = 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in]`` to ``[..., out]`` in the dtype of ``x``."""
-        quantized = self.input_quantizer(x)
-        if isinstance(quantized, FoldedInput):
-            y = kernels.linear_folded(
-                quantized.operand,
-                quantized.scale,
-                self.weight_packed,
-                self.weight_scale,
-                self.weight_multiplier,
-                self.bias,
-                x.dtype,
-                self._cpu_operand(),
-            )
-        elif isinstance(quantized, SmoothedInput):
-            y = kernels.linear_group_scaled(
-                quantized.codes,
-                quantized.scale,
-                quantized.group_scale,
-                quantized.tokens_per_set,
-                self.weight_packed,
-                self.weight_scale,
-                self.bias,
-                x.dtype,
-                self.weight_multiplier,
-                self._cpu_operand(),
-            )
-        else:
-            y = kernels.linear_weight_only(
-                quantized.x,
-                self.weight_packed,
-                self.weight_scale,
-                self.weight_multiplier,
-                self.bias,
-                self._cpu_operand(),
-            )
+    def forward(self, x: Tensor | Projections) -> Tensor:
+        """``[..., in]`` to ``[..., out]`` in the dtype of ``x``; of projections, this linear's."""
+        if isinstance(x, Projections):
+            return x.outputs[self.place]
+        weight = Weight(
+            self.weight_packed, self.weight_scale, self.weight_multiplier, self.bias, self._cpu_operand()
+        )
+        y = self.input_quantizer(x).multiply(weight, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -88,3 +157,118 @@ class QuantizedLinear(PackedWeight):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"group_size={self.group_size}, bias={self.bias is not None}"
         )
+
+
+class Projections:
+    """An input's products with all linears that read it, given to their parent in place of that input.
+
+    Attributes:
+        outputs: ``[..., out]`` of each linear.
+        shape, dtype, device: of the input.
+    """
+
+    __slots__ = ("device", "dtype", "outputs", "shape")
+
+    def __init__(self, x: Tensor, outputs: tuple[Tensor, ...]) -> None:
+        self.outputs = outputs
+        self.shape = x.shape
+        self.dtype = x.dtype
+        self.device = x.device
+
+    def size(self) -> torch.Size:
+        """The input's shape, as a tensor says it."""
+        return self.shape
+
+
+class FusedLinears(nn.Module):
+    """All linears of one input as one: one quantization and one product.
+
+    transformers' modules call ``q_proj``, ``k_proj`` and ``v_proj`` one after the other with the same tensor.
+    A hook on their parent multiplies before it runs, and gives it :class:`Projections` in place of the input,
+    of which each linear takes its own; nothing is remembered between calls. The linears keep their tensors,
+    under their own names, as views of one. Where one of them has been taken out (by an adapter, say), or
+    their tensors are elsewhere, each works by itself.
+
+    Args:
+        parent: of the linears. The input is the first argument of its forward pass, or ``hidden_states``.
+        names: of the linears in it; they have one input quantizer, and all of them a bias or none.
+    """
+
+    def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.names = names
+        self._linears: tuple[QuantizedLinear, ...] = tuple(getattr(parent, name) for name in names)
+        for place, linear in enumerate(self._linears):
+            linear.place = place
+        self._joined: tuple[tuple[Tensor, ...], Weight] | None = None
+        parent.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def forward(self, x: Tensor) -> Projections | Tensor:
+        """The products with ``x`` ``[..., in]``; or ``x``, where the linears are not together."""
+        weight = self._weight()
+        if weight is None:
+            return x
+        linears = self._linears
+        y = linears[0].input_quantizer(x).multiply(weight, x.dtype)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        return Projections(x, y.split([linear.out_features for linear in linears], dim=-1))
+
+    def join(self) -> None:
+        """Make one weight of the linears', which become views of it; nothing where they are not together."""
+        self._joined = None
+        linears = self._linears
+        device = linears[0].weight_packed.device
+        if device.type == "meta" or any(linear.weight_packed.device != device for linear in linears):
+            return
+        with torch.inference_mode(False):
+            packed, scale = self._cat("weight_packed"), self._cat("weight_scale")
+            multiplier = None if linears[0].weight_multiplier is None else self._cat("weight_multiplier")
+            bias = None if linears[0].bias is None else self._cat("bias")
+        weight = Weight(packed, scale, multiplier, bias, None)
+        self._joined = tuple(linear.weight_packed for linear in linears), weight
+
+    def _cat(self, name: str) -> Tensor:
+        whole = torch.cat([getattr(linear, name) for linear in self._linears])
+        parts = whole.split([linear.out_features for linear in self._linears])
+        for linear, part in zip(self._linears, parts, strict=True):
+            setattr(linear, name, part)
+        return whole
+
+    def _weight(self) -> Weight | None:
+        """The one weight, made anew where a linear has got another tensor."""
+        joined = self._joined
+        if joined is None or any(
+            linear.weight_packed is not part for linear, part in zip(self._linears, joined[0], strict=True)
+        ):
+            if is_compiling():
+                return None
+            self.join()
+            joined = self._joined
+        if joined is None:
+            return None
+        parts, weight = joined
+        if weight.unpacked is None and weight.packed.device.type == "cpu" and not is_compiling():
+            # Unpacking at each call would cost more than the product.
+            weight = weight._replace(unpacked=kernels.weight_operand(weight.packed, weight.multiplier))
+            self._joined = parts, weight
+        return weight
+
+    def _before(
+        self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        modules = parent._modules
+        if any(modules[name] is not linear for name, linear in zip(self.names, self._linears, strict=True)):
+            return args, kwargs
+        if args:
+            return (self(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self(kwargs["hidden_states"])}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # The linears' tensors have been moved or cast before: this module comes after them.
+        module = super()._apply(fn, recurse)
+        if self._joined is not None:
+            self.join()
+        return module
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_joined": None}

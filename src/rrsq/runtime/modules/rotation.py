@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +20,7 @@ __all__ = ["OnlineHadamard", "RotatedLinear", "online_rotation", "rotated_input"
 @lru_cache(maxsize=64)
 def _shared_base(plan: HadamardPlan, device: torch.device) -> Tensor:
     """One tensor for all layers: kernels keep what they derive from it by the tensor."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         return base_matrix(plan).to(device)
 
 
@@ -34,13 +35,20 @@ class OnlineHadamard(nn.Module):
         super().__init__()
         self.plan = plan
         self.inner = inner
-        self._base: Tensor | None = None
+        self._base = _shared_base(plan, torch.device("cpu"))
 
     def base(self, device: torch.device) -> Tensor:
         """The dense ±1 base ``[k, k]`` in float32 on ``device``."""
-        if self._base is None or self._base.device != device:
+        if self._base.device != device:
             self._base = _shared_base(self.plan, device)
         return self._base
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # It follows the model to its device, so that a compiled forward pass finds it there.
+        device = fn(torch.empty(0)).device
+        if device.type != "meta":
+            self.base(device)
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ R`` for ``x`` ``[..., size * inner]``; float32 for lower precisions."""
