@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ... import kernels
 from ...kernels import Routing
+from .gradient import StraightThrough, needs_gradient
 from .input import FoldedInput, InputQuantizer, SmoothedInput
 from .linear import PackedWeight
 from .rotation import rotated_input
@@ -77,6 +78,15 @@ class QuantizedExpertLinear(PackedWeight):
 
     def forward(self, x: Tensor, routing: Routing, rows_per_token: int) -> Tensor:
         """``[tokens, in]`` to ``[rows, out]``; see :func:`rrsq.kernels.grouped_linear`."""
+        if needs_gradient(x):
+            return StraightThrough.apply(
+                x,
+                lambda x: self._multiply(x, routing, rows_per_token),
+                lambda grad: self._input_gradient(grad, x.shape[0], routing, rows_per_token),
+            )
+        return self._multiply(x, routing, rows_per_token)
+
+    def _multiply(self, x: Tensor, routing: Routing, rows_per_token: int) -> Tensor:
         quantized = self.input_quantizer(x)
         scale: Tensor | None = None
         group_scale: Tensor | None = None
@@ -101,6 +111,14 @@ class QuantizedExpertLinear(PackedWeight):
             x.dtype,
             self._cpu_operand(),
         )
+
+    def _input_gradient(self, grad: Tensor, tokens: int, routing: Routing, rows_per_token: int) -> Tensor:
+        weight = self.dequantized_weight()
+        rows = grad.new_empty(grad.shape[0], weight.shape[-1], dtype=torch.float32)
+        for expert in routing.experts.unique().tolist():
+            chosen = routing.experts == expert
+            rows[chosen] = grad[chosen].float() @ weight[expert]
+        return self.input_quantizer.undo(rows.view(tokens, rows_per_token, -1).sum(1))
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

@@ -192,6 +192,12 @@ class InputQuantizer(nn.Module):
             *kernels.quantize_folded(rows, scheme.bits, scheme.group_size, scheme.clip, *rotation)
         )
 
+    def undo(self, grad: Tensor) -> Tensor:
+        """Gradients ``[..., channels]`` at what the linears multiply as gradients at the input itself."""
+        if self.channel_order is not None:
+            grad = torch.empty_like(grad).index_copy_(-1, self.channel_order.long(), grad)
+        return grad if self.rotation is None else self.rotation.inverse(grad)
+
     def simulate(self, x: Tensor) -> Tensor:
         """What the quantized input stands for: float32 ``[..., channels]`` in the original channel order."""
         scheme = self.scheme

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ... import kernels
+from .gradient import StraightThrough, needs_gradient
 from .input import InputQuantizer, Weight
 
 __all__ = ["FusedLinears", "PackedWeight", "Projections", "QuantizedLinear"]
@@ -145,11 +146,19 @@ class QuantizedLinear(PackedWeight):
         """``[..., in]`` to ``[..., out]`` in the dtype of ``x``; of projections, this linear's."""
         if isinstance(x, Projections):
             return x.outputs[self.place]
+        if needs_gradient(x):
+            return StraightThrough.apply(x, self._multiply, self._input_gradient)
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
         weight = Weight(
             self.weight_packed, self.weight_scale, self.weight_multiplier, self.bias, self._cpu_operand()
         )
         y = self.input_quantizer(x).multiply(weight, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _input_gradient(self, grad: Tensor) -> Tensor:
+        return self.input_quantizer.undo(grad.float() @ self.dequantized_weight())
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
@@ -208,10 +217,19 @@ class FusedLinears(nn.Module):
         weight = self._weight()
         if weight is None:
             return x
-        linears = self._linears
-        y = linears[0].input_quantizer(x).multiply(weight, x.dtype)
-        y = y.view(*x.shape[:-1], y.shape[-1])
-        return Projections(x, y.split([linear.out_features for linear in linears], dim=-1))
+        if needs_gradient(x):
+            y = StraightThrough.apply(x, lambda x: self._multiply(x, weight), self._input_gradient)
+        else:
+            y = self._multiply(x, weight)
+        return Projections(x, y.split([linear.out_features for linear in self._linears], dim=-1))
+
+    def _multiply(self, x: Tensor, weight: Weight) -> Tensor:
+        y = self._linears[0].input_quantizer(x).multiply(weight, x.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _input_gradient(self, grad: Tensor) -> Tensor:
+        whole = torch.cat([linear.dequantized_weight() for linear in self._linears])
+        return self._linears[0].input_quantizer.undo(grad.float() @ whole)
 
     def join(self) -> None:
         """Make one weight of the linears', which become views of it; nothing where they are not together."""
