@@ -57,7 +57,8 @@ def test_tensors_have_the_designed_names_shapes_and_dtypes(qwen2_checkpoint: Pat
     assert tensors[down + "weight_scale"].dtype == torch.float32
     assert tensors[down + "weight_multiplier"].shape == (64, 3)
     assert tensors[down + "weight_multiplier"].dtype == torch.uint8
-    assert down + "weight" not in tensors
+    assert tensors[down + "weight"].shape == (1,)
+    assert tensors[down + "weight"].dtype == torch.uint8
     assert tensors["model.layers.0.self_attn.q_proj.bias"].shape == (64,)
     assert tensors["model.layers.0.self_attn.kv_quantizer.keys.offset"].shape == (2, 16)
     assert tensors["rotation_signs.residual_signs"].shape == (64,)

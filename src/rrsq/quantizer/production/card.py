@@ -44,8 +44,8 @@ def model_card(info: CheckpointInfo, report: QuantizationReport) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("this/folder")',
         "```",
         "",
-        'or `rrsq generate this/folder "Once upon a time"`. Without the import, transformers fills the'
-        " linears with random numbers.",
+        'or `rrsq generate this/folder "Once upon a time"`. Without the import, transformers stops at'
+        " a tensor of another shape than the model's.",
         "",
         "## What was done",
         "",

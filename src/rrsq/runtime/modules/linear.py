@@ -121,6 +121,8 @@ class QuantizedLinear(PackedWeight):
 
     Attributes:
         bias: ``[out]`` or None; for the others see :class:`PackedWeight`.
+        weight: uint8 ``[1]``, for whoever looks for a weight: a loader that does not know the format finds a
+            tensor of another shape than the model's, and stops, where it would make up a missing one.
         place: which of :attr:`Projections.outputs` is this linear's.
     """
 
@@ -139,6 +141,7 @@ class QuantizedLinear(PackedWeight):
         super().__init__((out_features, in_features), group_size=group_size, input_quantizer=input_quantizer)
         self.in_features = in_features
         self.out_features = out_features
+        self.register_buffer("weight", torch.zeros(1, dtype=torch.uint8))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
         self.place = 0
 
