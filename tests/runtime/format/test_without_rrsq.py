@@ -1,4 +1,4 @@
-"""What happens to a checkpoint where rrsq is not imported: a loader that does not know the format must stop."""
+"""A checkpoint where rrsq is not imported: a loader that does not know the format must stop."""
 
 from __future__ import annotations
 
