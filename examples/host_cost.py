@@ -2,8 +2,8 @@
 
     python examples/host_cost.py [--tokens 1]
 
-Needs no GPU: Triton's kernels are replaced by ones that do nothing, and the linear runs on the CPU as it would on
-a GPU. Prints microseconds a call, the best of several runs of a thousand.
+Needs no GPU: Triton's kernels are replaced by ones that do nothing, and the linear runs on the CPU as it would
+on a GPU. Prints microseconds a call, the best of several runs of a thousand.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ def quantized_linear() -> QuantizedLinear:
     """One of the default recipe, with random codes."""
     scheme = InputScheme(CHANNELS, bits=4, clip=0.9333, group_size=16, fold=True)
     linear = QuantizedLinear(
-        CHANNELS, CHANNELS, group_size=32, bias=False, input_quantizer=InputQuantizer(scheme), dtype=torch.bfloat16
+        CHANNELS,
+        CHANNELS,
+        group_size=32,
+        bias=False,
+        input_quantizer=InputQuantizer(scheme),
+        dtype=torch.bfloat16,
     )
     linear._operand = torch.empty(0, dtype=torch.int8)  # What a CPU would unpack; unused by the kernels.
     return linear.requires_grad_(False)
@@ -56,7 +61,9 @@ def microseconds(call: Callable[[], object], repeats: int = 1000, rounds: int = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=1)
     tokens = parser.parse_args().tokens
     InterpretedFunction.__getitem__ = _do_not_launch

@@ -1,0 +1,148 @@
+"""Run a model for long: many generate() calls of all kinds in one process, then several threads at once.
+
+    python examples/soak.py CHECKPOINT [--calls 2000] [--threads 8] [--device auto]
+
+Calls have random batches, lengths and paddings; some are cancelled half way, as a server does when a client
+goes. Prints the process's memory as it goes. At the end a sample of the calls is made again in a fresh process,
+and the threads' texts are compared with those of one thread. Exits with 1 where memory grew or a text differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+import rrsq
+
+GROWTH = 64 * 2**20
+"""Bytes by which memory may grow between the first quarter of the calls and the last."""
+SAMPLE = 25
+
+
+class CancelledError(Exception):
+    """Raised in the middle of a generation."""
+
+
+class CancelAt(StoppingCriteria):
+    """Raises once the text is so long."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        if input_ids.shape[1] >= self.length:
+            raise CancelledError
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def call(model: Any, seed: int) -> list[list[int]] | None:
+    """One generate() call, all of it decided by the seed; None if it was cancelled."""
+    draw = random.Random(seed)
+    batch, length, new = draw.choice((1, 1, 1, 2, 4)), draw.randint(1, 200), draw.randint(1, 48)
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.randint(0, vocabulary, (batch, length), generator=generator).to(model.device)
+    mask = torch.ones_like(tokens)
+    for row in range(1, batch):
+        mask[row, : draw.randint(0, length - 1)] = 0
+    criteria = [CancelAt(length + max(new // 2, 1))] if draw.random() < 0.1 else []
+    try:
+        out = model.generate(
+            tokens,
+            attention_mask=mask,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            num_beams=2 if draw.random() < 0.1 else 1,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList(criteria),
+        )
+    except CancelledError:
+        return None
+    return out[:, length:].tolist()
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of the process, or of the GPU's tensors."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def in_a_fresh_process(arguments: argparse.Namespace, seeds: list[int]) -> list[Any]:
+    """The results of some calls, each the first but for those before it in the list."""
+    command = [sys.executable, __file__, arguments.checkpoint, "--device", arguments.device, "--seeds"]
+    done = subprocess.run([*command, *map(str, seeds)], stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def soak(model: Any, arguments: argparse.Namespace) -> list[str]:
+    """What is wrong after many calls."""
+    wrong = []
+    used, sample = [], {}
+    chosen = set(random.Random(0).sample(range(arguments.calls), min(SAMPLE, arguments.calls)))
+    for seed in range(arguments.calls):
+        result = call(model, seed)
+        if seed in chosen:
+            sample[seed] = result
+        used.append(memory(model.device))
+        if (seed + 1) % max(arguments.calls // 20, 1) == 0:
+            print(f"{seed + 1} calls, {used[-1] / 2**20:.0f} MiB", flush=True)
+    quarter = max(len(used) // 4, 1)
+    growth = max(used[-quarter:]) - max(used[:quarter])
+    print(f"memory grew by {growth / 2**20:.1f} MiB from the first quarter of the calls to the last")
+    if growth > GROWTH:
+        wrong.append(f"memory grew by {growth / 2**20:.0f} MiB")
+    fresh = in_a_fresh_process(arguments, list(sample))
+    differ = [seed for seed, expected in zip(sample, fresh, strict=True) if sample[seed] != expected]
+    print(f"{len(sample) - len(differ)} of {len(sample)} calls gave the text of a fresh process")
+    if differ:
+        wrong.append(f"calls {differ} gave other texts than a fresh process")
+    return wrong
+
+
+def threads(model: Any, count: int) -> list[str]:
+    """What is wrong when several threads use one model at once."""
+    seeds = range(10 * count)
+    alone = [call(model, seed) for seed in seeds]
+    with ThreadPoolExecutor(count) as pool:
+        together = list(pool.map(lambda seed: call(model, seed), seeds))
+    differ = [seed for seed, a, b in zip(seeds, alone, together, strict=True) if a != b]
+    print(f"{len(seeds) - len(differ)} of {len(seeds)} calls of {count} threads gave the text of one thread")
+    return [f"calls {differ} gave other texts in {count} threads"] if differ else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint")
+    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seeds", type=int, nargs="*", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not Path(arguments.checkpoint).is_dir():
+        parser.error(f"there is no folder '{arguments.checkpoint}'")
+    model = rrsq.load(arguments.checkpoint, device=arguments.device)
+    if arguments.seeds is not None:
+        print(json.dumps([call(model, seed) for seed in arguments.seeds]))
+        return
+    wrong = soak(model, arguments) + threads(model, arguments.threads)
+    for text in wrong:
+        print(f"WRONG: {text}", file=sys.stderr)
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
