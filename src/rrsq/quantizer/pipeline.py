@@ -22,6 +22,7 @@ from ..errors import UsageError
 from ..models import LinearInput, ModelFamily, family_for
 from ..recipe import Recipe
 from ..runtime.assemble import RotationSigns, key_rotary, quantize_input_modules, treated_inputs
+from ..runtime.format.loading import check_token_ids
 from ..runtime.modules.linear import QuantizedLinear
 from ..runtime.rotation.rotations import Rotations, make_rotations
 from ..runtime.scheme import changes_linears, check_recipe, head_is_kept, treatment
@@ -31,7 +32,6 @@ from .calibration.experts import RoutedTokens
 from .calibration.statistics import InputSummary, LayerStatistics
 from .calibration.stored import StoredCalibration
 from .calibration.stream import HiddenStates
-from .calibration.windows import check_token_ids
 from .calibration.workers import ALONE, Workers
 from .checks import check_activations, check_result, check_rope, check_stored
 from .cholesky import permuted

@@ -87,7 +87,7 @@ def test_inspect_has_the_same_table(qwen2_checkpoint: Path) -> None:
     ],
 )
 def test_the_cards_tags_are_the_recipes(name: str, tags: list[str]) -> None:
-    from rrsq.quantizer.production.card import model_card
+    from rrsq.quantizer.production.writer import model_card
     from rrsq.quantizer.report import QuantizationReport
 
     info = CheckpointInfo(recipe=recipe_of(name), rotation=RotationInfo(), source_model="source: odd")
