@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import nn
 
-from .report import QuantizationReport
+from .outcome import QuantizationReport
 
 __all__ = ["PeakMemory", "weight_bytes"]
 

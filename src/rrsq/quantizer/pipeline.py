@@ -41,7 +41,7 @@ from .head import head_hessian, quantize_head
 from .measure import measure_layer, stored_statistics
 from .memory import PeakMemory
 from .needs import needs_calibration, needs_head_hessian
-from .report import LayerReport, QuantizationReport
+from .outcome import LayerReport, QuantizationReport
 from .store import InMemoryStore, ModelStore
 from .weights import output_snr_db, quantize_weight
 

@@ -22,9 +22,9 @@ from ..calibration.text import load_documents
 from ..calibration.windows import calibration_windows, data_fingerprint
 from ..calibration.workers import ALONE, Workers
 from ..checks import check_stored
+from ..outcome import QuantizationReport
 from ..pipeline import quantize_model
 from ..projection import projected_memory
-from ..report import QuantizationReport
 from .output_shards import OutputShards, parse_size, planned_tensors
 from .source import NoteCallback, OpenedModel, open_model
 from .streaming import Progress, StreamingStore

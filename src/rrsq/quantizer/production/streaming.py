@@ -17,7 +17,7 @@ from ...runtime.format.shards import raw_bytes
 from ...storage import allocate, storage_errors
 from ...work_folder import WorkFolder
 from ..calibration.workers import Workers
-from ..report import LayerReport
+from ..outcome import LayerReport
 from ..store import Progressed
 from .output_shards import OutputShards
 from .source import Weights

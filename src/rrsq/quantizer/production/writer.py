@@ -23,8 +23,8 @@ from ...runtime.format.describe import (
 )
 from ...runtime.format.format import CalibrationInfo, CheckpointInfo, RotationInfo
 from ...storage import library_versions
+from ..outcome import QuantizationReport
 from ..pipeline import QuantizedModel
-from ..report import QuantizationReport
 from .output_shards import OutputShards
 
 __all__ = ["checkpoint_info", "copy_processor", "model_card", "write_beside"]
