@@ -153,7 +153,7 @@ def test_a_system_without_locks_is_one_clear_error(
 def test_modules_of_unix_are_not_needed_to_import() -> None:
     code = (
         "import sys, psutil; sys.modules.update(fcntl=None, resource=None)\n"
-        "import rrsq.cli.app, rrsq.comparison.run, rrsq.diagnostics.layer_pass\n"
+        "import rrsq.cli.app, rrsq.comparison.steps, rrsq.diagnostics.layer_pass\n"
         "import rrsq.quantizer.production.produce\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -13,8 +13,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from rrsq.cli.app import app
-from rrsq.comparison import run as comparison_run
-from rrsq.comparison.fingerprint import model_fingerprint
+from rrsq.comparison import steps as comparison_run
+from rrsq.comparison.model_files import model_fingerprint
 from rrsq.comparison.plan import read_recipes
 from rrsq.errors import RecipeError, UsageError
 

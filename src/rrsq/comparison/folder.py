@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rrsq.errors import OutputExistsError, UsageError
-from rrsq.evaluation.report import jsonable
+from rrsq.evaluation.scores import jsonable
 from rrsq.storage import storage_errors, write_whole
 from rrsq.work_folder import LOCK, locked
 

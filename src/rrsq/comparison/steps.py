@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rrsq import __version__
-from rrsq.comparison.fingerprint import digest, model_fingerprint, model_identity
 from rrsq.comparison.folder import FULL_PRECISION, ComparisonFolder, Target
+from rrsq.comparison.model_files import digest, model_fingerprint, model_identity
 from rrsq.comparison.plan import ComparisonPlan
-from rrsq.evaluation.report import EvaluationReport, ModelReport, library_versions
 from rrsq.evaluation.results import TaskResult
 from rrsq.evaluation.run import prepare_tasks, release_memory, run_tasks
+from rrsq.evaluation.scores import EvaluationReport, ModelReport, library_versions
 from rrsq.evaluation.tasks import Task, TaskOptions
 from rrsq.quantizer.needs import needs_calibration
 from rrsq.quantizer.production.produce import (
