@@ -299,6 +299,15 @@ def test_a_failing_rename_puts_the_old_back(tmp_path: Path, monkeypatch: pytest.
     assert names(tmp_path) == ["out"]
 
 
+def test_an_output_that_a_killed_run_moved_away_is_not_thrown_away(tmp_path: Path) -> None:
+    out, work = tmp_path / "out", work_path(tmp_path / "out")
+    stop_after_a_layer(out)
+    (work / "replaced").mkdir()
+    (work / "replaced" / "config.json").write_text("old")
+    with locked(out, restart=True):
+        assert (out / "config.json").read_text() == "old"
+
+
 def test_a_stop_behind_the_rename_is_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
 

@@ -127,6 +127,7 @@ class WorkFolder:
                 manifest = None
             if manifest is None:
                 manifest = new
+                _put_back(work, out)
                 _empty(work)
             folder = cls(out, manifest)
             try:
@@ -189,8 +190,7 @@ class WorkFolder:
             try:
                 self.staging.rename(self.out)
             except OSError:
-                if replaced.exists() and not self.out.exists():
-                    replaced.rename(self.out)
+                _put_back(self.path, self.out)
                 raise
             sync_folder(self.out.parent)
         self._remove()
@@ -310,6 +310,12 @@ def _kept_in(work: Path) -> str:
 def _done_path(out: Path) -> Path:
     """The work folder's name while it is removed."""
     return work_path(out).with_suffix(".done")
+
+
+def _put_back(work: Path, out: Path) -> None:
+    """The old output, which a run that was to replace it moved here, if nothing took its place."""
+    if (work / _REPLACED).exists() and not out.exists():
+        (work / _REPLACED).rename(out)
 
 
 def _empty(work: Path) -> None:

@@ -1,4 +1,4 @@
-"""Telling whether a step that was done is still the step that is asked for."""
+"""Telling whether two models are the same, by their names and the bytes of their files."""
 
 from __future__ import annotations
 
