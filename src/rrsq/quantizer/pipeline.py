@@ -22,13 +22,13 @@ from ..errors import UsageError
 from ..models import ModelFamily, ModelSizes, family_for
 from ..recipe import Recipe
 from ..runtime.assemble import RotationSigns, key_rotary, treated_inputs
+from ..runtime.format.loading import check_token_ids
 from ..runtime.modules.linear import QuantizedLinear
 from ..runtime.rotation.rotations import Rotations, make_rotations
 from ..runtime.scheme import changes_linears, check_recipe, head_is_kept, treatment
 from .cache import SENSITIVE_KEY_BITS, quantize_cache, sensitive_layers
 from .calibration.stored import StoredCalibration
 from .calibration.stream import HiddenStates
-from .calibration.windows import check_token_ids
 from .calibration.workers import ALONE, Workers
 from .checks import check_result, check_rope, check_stored
 from .dense import quantize_input
@@ -38,7 +38,7 @@ from .head import quantize_head
 from .memory import PeakMemory
 from .needs import needs_calibration, needs_head_hessian
 from .observe import Activations, Nothing, RunningText, Step, StoredStatistics
-from .report import LayerReport, QuantizationReport
+from .outcome import LayerReport, QuantizationReport
 from .store import InMemoryStore, ModelStore
 
 __all__ = ["QuantizedModel", "needs_calibration", "quantize_model"]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import rrsq
 from rrsq.errors import CheckpointError, ModelLoadError
 from rrsq.runtime.format.format import parse_info
-from rrsq.runtime.format.validate import read_header
+from rrsq.runtime.format.shards import read_header
 
 PACKED = "model.layers.0.mlp.up_proj.weight_packed"
 
@@ -224,13 +224,14 @@ def test_a_header_longer_than_the_file(tmp_path: Path) -> None:
 
 
 def test_a_header_says_what_the_file_holds(tmp_path: Path) -> None:
-    tensors = {"a": torch.zeros(2, 3, dtype=torch.uint8), "b": torch.zeros(4)}
+    tensors = {"a": torch.arange(6, dtype=torch.uint8).view(2, 3), "b": torch.rand(4)}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    header = read_header(tmp_path / "x.safetensors")
-    assert {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} == {
-        "a": ("U8", [2, 3]),
-        "b": ("F32", [4]),
+    places = read_header(tmp_path / "x.safetensors")
+    assert {name: (place.dtype, place.shape, place.size) for name, place in places.items()} == {
+        "a": ("U8", (2, 3), 6),
+        "b": ("F32", (4,), 16),
     }
+    assert all(torch.equal(place.read(), tensors[name]) for name, place in places.items())
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ class CheckpointInfo(_Part):
         versions: of the libraries that made the checkpoint.
         layer_snr_db: output signal-to-noise ratio of each layer on calibration text.
         weight_snr_db: the same of each input's linears due to their weights alone, by the input's path, an
-            entry a layer; see :class:`rrsq.quantizer.report.LayerReport`.
+            entry a layer; see :class:`rrsq.quantizer.outcome.LayerReport`.
         cache_error: relative error of each layer's attention output due to the quantized cache.
     """
 

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rrsq import __version__
-from rrsq.comparison.fingerprint import changed_inputs, digest, model_fingerprint, model_identity
 from rrsq.comparison.folder import FULL_PRECISION, ComparisonFolder, Target
+from rrsq.comparison.model_files import digest, model_fingerprint, model_identity
 from rrsq.comparison.plan import ComparisonPlan
-from rrsq.evaluation.report import EvaluationReport, ModelReport, library_versions
 from rrsq.evaluation.results import TaskResult
 from rrsq.evaluation.run import prepare_tasks, release_memory, run_tasks
+from rrsq.evaluation.scores import EvaluationReport, ModelReport, library_versions
 from rrsq.evaluation.tasks import Task, TaskOptions
 from rrsq.quantizer.needs import needs_calibration
 from rrsq.quantizer.production.produce import (
@@ -25,6 +25,7 @@ from rrsq.quantizer.production.produce import (
 from rrsq.recipe import Recipe
 from rrsq.runtime.format.format import CalibrationInfo
 from rrsq.runtime.format.loading import load_model, load_tokenizer
+from rrsq.work_folder import changed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,21 +68,21 @@ def compare(plan: ComparisonPlan, listener: Listener = Listener()) -> Comparison
     calibration text, the questions or texts of a task, an option, the device, or a library's version.
 
     Raises:
-        RRSQError: as quantizing and evaluating do; finished steps stay.
+        RRSQError: as quantizing and evaluating do; finished steps stay. As :meth:`ComparisonFolder.opened`.
     """
-    return _Run(plan, listener).execute()
+    folder = ComparisonFolder(plan.folder)
+    with folder.opened(model_identity(plan.model, plan.options.data_root)):
+        return _Run(plan, listener, folder).execute()
 
 
 @dataclass
 class _Run:
     plan: ComparisonPlan
     listener: Listener
-    folder: ComparisonFolder = field(init=False)
+    folder: ComparisonFolder
 
     def execute(self) -> Comparison:
         plan = self.plan
-        self.folder = ComparisonFolder(plan.folder)
-        self.folder.open(model_identity(plan.model, plan.options.data_root))
         check_source(plan.model, plan.options.data_root)
         self.listener.preparing("tasks, tokenizer and calibration text")
         prepare_tasks(plan.tasks, plan.options)
@@ -145,8 +146,8 @@ class _Run:
                 if record is None or record["inputs"] != step.inputs[name]:
                     step.missing.append(name)
                     if record is not None:
-                        changed = ", ".join(changed_inputs(record["inputs"], step.inputs[name]))
-                        self.listener.note(f"{step.name}: {name} is measured again; changed: {changed}")
+                        names = ", ".join(changed(record["inputs"], step.inputs[name]))
+                        self.listener.note(f"{step.name}: {name} is measured again; changed: {names}")
         if not step.missing:
             self.listener.note(f"{step.name}: all tasks are measured already")
 
@@ -160,8 +161,8 @@ class _Run:
             self.listener.note(f"{step.name}: quantized already")
             return
         if record:
-            changed = ", ".join(changed_inputs(record["made_of"], step.made_of)) or "the checkpoint is gone"
-            self.listener.note(f"{step.name}: quantized again; changed: {changed}")
+            names = ", ".join(changed(record["made_of"], step.made_of)) or "the checkpoint is gone"
+            self.listener.note(f"{step.name}: quantized again; changed: {names}")
         step.target.folder.mkdir(parents=True, exist_ok=True)
         produced = produce_checkpoint(
             self.plan.model,

@@ -53,6 +53,7 @@ def calibrate_layers(
     *,
     device: torch.device | str = "cpu",
     progress: Progress = lambda done, total, text: None,
+    on_layer: Callable[[int], None] = lambda finished: None,
 ) -> None:
     """Write the file of every layer that ``folder`` lacks.
 
@@ -63,6 +64,7 @@ def calibrate_layers(
         folder: exists; its layer files are from an earlier run of the same manifest.
         device: where layers are computed.
         progress: called with steps done, steps in all, and what is being done.
+        on_layer: called with the number of layers whose files are on the disk, when that is one more.
 
     Raises:
         NonFiniteError: a weight or an activation is NaN or Inf.
@@ -71,7 +73,7 @@ def calibrate_layers(
     """
     check_finite(model)
     check_patterns(manifest.recipe, family_for(model.config), model)
-    _Run(model, windows, manifest, folder, torch.device(device), progress).execute()
+    _Run(model, windows, manifest, folder, torch.device(device), progress, on_layer).execute()
 
 
 class _Run:
@@ -85,12 +87,14 @@ class _Run:
         folder: Path,
         device: torch.device,
         progress: Progress,
+        on_layer: Callable[[int], None],
     ) -> None:
         config: Any = model.config
         self.manifest = manifest
         self.folder = folder
         self.device = device
         self.progress = progress
+        self.on_layer = on_layer
         self.family: ModelFamily = family_for(config)
         self.sizes = self.family.sizes(config)
         self.rotations = make_rotations(
@@ -113,6 +117,7 @@ class _Run:
                 self.steps = (index + 1) * self.steps_a_layer
             else:
                 self._measure(index, layer, name)
+                self.on_layer(index + 1)
             layer.to("meta")
         if self.manifest.hessians and not head_file(self.folder).is_file():
             self._measure_head()

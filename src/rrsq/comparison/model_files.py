@@ -1,14 +1,13 @@
-"""Telling whether a step that was done is still the step that is asked for."""
+"""Telling whether two models are the same, by their names and the bytes of their files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["changed_inputs", "digest", "model_fingerprint", "model_identity"]
+__all__ = ["digest", "model_fingerprint", "model_identity"]
 
 # What decides how a model computes or tokenizes. A model card or a picture does not.
 SUFFIXES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja", ".py")
@@ -51,11 +50,6 @@ def model_fingerprint(model: str, data_root: Path | None = None) -> str:
     paths = [folder / options["gguf_file"]] if "gguf_file" in options else sorted(folder.iterdir())
     files = {path.name: _file_digest(path) for path in paths if path.suffix in SUFFIXES and path.is_file()}
     return digest(files)
-
-
-def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of the inputs of a step that are not what they were."""
-    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
 
 
 def _file_digest(path: Path) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 
 from rrsq.bits import activation_bits, cache_bits, weight_bits
 from rrsq.comparison.plan import ComparisonPlan
-from rrsq.comparison.run import Comparison
-from rrsq.evaluation.report import Difference, ModelReport, recovery_text, value_text
+from rrsq.comparison.steps import Comparison
 from rrsq.evaluation.results import Metric
+from rrsq.evaluation.scores import Difference, ModelReport, recovery_text, value_text
 
 __all__ = ["comparison_markdown", "comparison_to_dict"]
 

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from killed_run import produce
 from rrsq.errors import CheckpointError, StorageError
-from rrsq.quantizer.production.opening import open_model
+from rrsq.quantizer.calibration.fingerprint import model_fingerprint
+from rrsq.quantizer.production.source import open_model
+from tiny_quantized import load_tiny
 
 
 def sharded(model: Path, folder: Path) -> Path:
@@ -41,11 +43,9 @@ def test_of_a_hub_model_only_the_shards_of_its_index_are_fetched(
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr("rrsq.quantizer.production.source.load_config", lambda model, root: config_of(folder))
     monkeypatch.setattr(
-        "rrsq.quantizer.production.opening.load_config", lambda model, root: config_of(folder)
-    )
-    monkeypatch.setattr(
-        "rrsq.quantizer.production.opening.locate_model", lambda model, root: ("some-org/model", {})
+        "rrsq.quantizer.production.source.locate_model", lambda model, root: ("some-org/model", {})
     )
     opened = open_model("some-org/model")
     assert asked == [["*.json"], ["*.json", "a.safetensors", "b.safetensors"]]
@@ -67,6 +67,19 @@ def test_an_index_that_names_no_file_of_the_folder_is_refused(
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
     with pytest.raises(CheckpointError, match="is no safetensors file of the folder itself"):
         open_model(str(folder))
+
+
+def test_a_model_is_the_same_by_its_shards_and_as_it_is_loaded(
+    tiny_llama_dir: Path, tiny_qwen2_dir: Path
+) -> None:
+    """Else ``rrsq quantize`` would refuse what ``rrsq calibrate``, which loads the model, has stored."""
+    tied = set()
+    for folder in (tiny_llama_dir, tiny_qwen2_dir):
+        opened = open_model(str(folder))
+        assert opened.folder == folder
+        assert opened.fingerprint == model_fingerprint(load_tiny(folder))
+        tied.add(opened.model.config.tie_word_embeddings)
+    assert tied == {False, True}
 
 
 def test_activations_in_a_folder_change_no_byte(tiny_llama_dir: Path, tmp_path: Path) -> None:
