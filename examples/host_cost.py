@@ -2,8 +2,8 @@
 
     python examples/host_cost.py [--tokens 1]
 
-Needs no GPU: Triton's kernels are replaced by ones that do nothing, and the linear runs on the CPU as it would
-on a GPU. Prints microseconds a call, the best of several runs of a thousand.
+Needs no GPU: Triton's kernels are replaced by ones that do nothing, and the linear runs on the CPU as it
+would on a GPU. Prints microseconds a call, the best of several runs of a thousand.
 """
 
 from __future__ import annotations
