@@ -42,8 +42,8 @@ def test_this_machine(tiny_hub: Path) -> None:
     assert importlib.metadata.version("lm_eval") in result.stdout
     assert f"{tiny_hub}: " in result.stdout
     assert "Salesforce/wikitext" in result.stdout
-    for operation in ("hadamard_transform", "linear_folded", "linear_weight_only"):
-        assert operation in result.stdout
+    for name in ("hadamard_transform", "linear_folded", "linear_weight_only"):
+        assert name in result.stdout
 
 
 @pytest.mark.usefixtures("plain")
@@ -107,11 +107,11 @@ def test_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: tupl
 def test_problems_have_hints_and_exit_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        monkeypatch.setenv("RRSQ_KERNELS", "triton")
+        monkeypatch.setattr("rrsq.kernels.operation._from_environment", lambda: "triton")
         result = rrsq_doctor()
         assert result.exit_code == 1
         assert "A model cannot run here" in result.stdout
-        monkeypatch.delenv("RRSQ_KERNELS")
+        monkeypatch.undo()
     result = rrsq_doctor("--data-root", str(tmp_path / "nowhere"))
     assert result.exit_code == 1
     assert "nowhere' (--data-root or RRSQ_DATA_ROOT) is not a folder" in result.stdout

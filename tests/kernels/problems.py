@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rrsq.kernels import pack_int4
-from rrsq.kernels.eager.packing import weight_operand
+from rrsq.kernels.packing import weight_operand
 
 KINDS = ("random", "zero_rows", "huge_token", "saturated")
 

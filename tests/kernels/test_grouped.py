@@ -8,7 +8,7 @@ import torch
 from rrsq import kernels
 from rrsq.kernels import Routing, route_rows
 from rrsq.kernels.dispatch import Call, explain
-from rrsq.kernels.eager.packing import weight_operand
+from rrsq.kernels.packing import weight_operand
 
 from .grouped_problems import ROUTINGS, draw_experts, make_grouped, run
 from .problems import relative_error

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rrsq.kernels.eager.linear import int8_matmul, linear_folded, linear_group_scaled, linear_weight_only
-from rrsq.kernels.eager.packing import pack_int4
+from rrsq.kernels.packing import pack_int4
 
 OUT = 20
 

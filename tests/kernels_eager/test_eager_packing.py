@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rrsq.kernels.eager.packing import pack_int4, unpack_int4, weight_operand
+from rrsq.kernels.packing import pack_int4, unpack_int4, weight_operand
 
 SIZES = [2, 6, 64, 96, 128, 576, 896]
 

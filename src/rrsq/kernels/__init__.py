@@ -4,9 +4,8 @@ Activations are ``[tokens, channels]``; weights are packed INT4 (:mod:`.eager.pa
 reference that every kernel is compared with. Importing this package neither queries CUDA nor imports triton.
 """
 
-from .dispatch import use_kernels
 from .eager.activation import tokens_per_set
-from .eager.packing import pack_int4, unpack_int4
+from .operation import use_kernels
 from .ops import (
     grouped_linear,
     hadamard_transform,
@@ -15,8 +14,8 @@ from .ops import (
     linear_weight_only,
     quantize_folded,
     quantize_smoothed,
-    weight_operand,
 )
+from .packing import pack_int4, unpack_int4, weight_operand
 from .report import KernelReport, kernel_report
 from .routing import Routing, route_rows
 

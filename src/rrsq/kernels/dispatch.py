@@ -14,13 +14,14 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from rrsq.errors import KernelUnavailableError, UsageError
+from rrsq.errors import KernelUnavailableError
+
+from .operation import BACKENDS, forced_backend, use_kernels
 
 __all__ = [
     "BACKENDS",
@@ -38,9 +39,7 @@ __all__ = [
     "use_kernels",
 ]
 
-BACKENDS = ("eager", "triton")
 _ENVIRONMENT_VARIABLE = "RRSQ_KERNELS"
-_override: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -154,34 +153,6 @@ def operations() -> list[str]:
 def kernels_of(operation: str) -> list[Kernel]:
     """All implementations of an operation, best first."""
     return list(_registry[operation])
-
-
-def _checked(backend: str, source: str) -> str:
-    if backend not in BACKENDS:
-        raise UsageError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    return backend
-
-
-def forced_backend() -> str | None:
-    """The backend that :func:`use_kernels` or ``RRSQ_KERNELS`` restricts the choice to, or None."""
-    if _override:
-        return _override[-1]
-    value = os.environ.get(_ENVIRONMENT_VARIABLE, "")
-    return _checked(value, _ENVIRONMENT_VARIABLE) if value else None
-
-
-@contextmanager
-def use_kernels(backend: str) -> Iterator[None]:
-    """Restrict the choice to one backend inside a ``with`` block; wins over ``RRSQ_KERNELS``.
-
-    Raises:
-        UsageError: ``backend`` is neither ``eager`` nor ``triton``.
-    """
-    _override.append(_checked(backend, "the kernel backend"))
-    try:
-        yield
-    finally:
-        _override.pop()
 
 
 def explain(call: Call, backend: str | None = None) -> list[Candidate]:

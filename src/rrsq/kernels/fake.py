@@ -15,7 +15,6 @@ __all__ = [
     "linear_weight_only",
     "quantize_folded",
     "quantize_smoothed",
-    "weight_operand",
 ]
 
 
@@ -52,10 +51,6 @@ def quantize_smoothed(
     sets = 1 if scope == "sequence" else -(-tokens // size)
     codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(tokens, dtype=torch.float32)
     return codes, scale, x.new_empty((sets, channels // group_size), dtype=torch.float32)
-
-
-def weight_operand(packed: Tensor, multiplier: Tensor | None) -> Tensor:
-    return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=torch.int8)
 
 
 def linear_folded(

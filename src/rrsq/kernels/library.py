@@ -69,10 +69,6 @@ def _of_activations(x: Tensor, named: dict[str, Any]) -> Sizes:
     return ("channels", x.shape[1]), *group, *rotation
 
 
-def _of_weight(packed: Tensor, named: dict[str, Any]) -> Sizes:
-    return weight_sizes(1, packed, named["multiplier"])[1:]
-
-
 def _of_linear(operand: Tensor, named: dict[str, Any]) -> Sizes:
     return weight_sizes(operand.shape[0], named["weight_packed"], named["weight_multiplier"])
 
@@ -104,7 +100,6 @@ _OPERATIONS = {
         ("x",),
         _of_activations,
     ),
-    "weight_operand": _Operation("(Tensor packed, Tensor? multiplier) -> Tensor", (), _of_weight),
     "linear_folded": _Operation(
         "(Tensor operand, Tensor scale, Tensor weight_packed, Tensor weight_scale, "
         "Tensor? weight_multiplier, Tensor? bias, ScalarType out_dtype, Tensor? unpacked) -> Tensor",
@@ -156,7 +151,7 @@ def _implementation(name: str, operation: _Operation) -> Callable[..., Any]:
     return run
 
 
-_library = torch.library.Library("rrsq", "DEF")
+_library = torch.library.Library("rrsq", "FRAGMENT")
 for _name in registry.OPERATIONS:
     _library.define(f"{_name}{_OPERATIONS[_name].schema}")
     _library.impl(_name, _implementation(_name, _OPERATIONS[_name]), "CompositeExplicitAutograd")

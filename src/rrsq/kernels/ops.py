@@ -16,7 +16,6 @@ __all__ = [
     "linear_weight_only",
     "quantize_folded",
     "quantize_smoothed",
-    "weight_operand",
 ]
 
 
@@ -105,19 +104,6 @@ def quantize_smoothed(
     return torch.ops.rrsq.quantize_smoothed(
         x, bits, group_size, scope, statistic, clip, channel_order, base, hadamard_block, hadamard_inner
     )
-
-
-def weight_operand(packed: Tensor, multiplier: Tensor | None = None) -> Tensor:
-    """Unpack INT4 codes and multiply them by their group's multiplier.
-
-    Args:
-        packed: uint8 ``[out, in/2]``.
-        multiplier: uint8 ``[out, in/group]`` with values in 1..15, or None.
-
-    Returns:
-        int8 ``[out, in]``.
-    """
-    return torch.ops.rrsq.weight_operand(packed, multiplier)
 
 
 def linear_folded(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
-from .eager import activation, hadamard, linear, packing, rotation
+from . import ops, packing
+from .eager import activation, hadamard, linear, rotation
 
 __all__ = [
     "grouped_linear",
@@ -16,7 +16,6 @@ __all__ = [
     "linear_weight_only",
     "quantize_folded",
     "quantize_smoothed",
-    "weight_operand",
 ]
 
 
@@ -60,11 +59,6 @@ def quantize_smoothed(
     if base is not None:
         x = hadamard_transform(x, base, hadamard_block, hadamard_inner)
     return activation.quantize_smoothed(x, bits, group_size, scope, statistic, clip, channel_order)
-
-
-def weight_operand(packed: Tensor, multiplier: Tensor | None) -> Tensor:
-    """See :func:`rrsq.kernels.weight_operand`."""
-    return packing.weight_operand(packed, multiplier)
 
 
 def linear_folded(

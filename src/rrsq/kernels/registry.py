@@ -14,7 +14,6 @@ OPERATIONS = (
     "hadamard_transform",
     "quantize_folded",
     "quantize_smoothed",
-    "weight_operand",
     "linear_folded",
     "linear_group_scaled",
     "linear_weight_only",
@@ -43,7 +42,6 @@ _TRITON_KERNELS = (
     ("hadamard_transform", "activation", _activation()),
     ("quantize_folded", "activation", _activation()),
     ("quantize_smoothed", "activation", _activation()),
-    ("weight_operand", "linear", _on_gpu()),
     ("linear_folded", "linear", _on_gpu(dtypes={"out_dtype": _FLOATING})),
     (
         "linear_group_scaled",

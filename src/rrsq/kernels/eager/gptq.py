@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .packing import CODE_MAX, CODE_MIN
+from ..packing import CODE_MAX, CODE_MIN
 
 __all__ = ["gptq_block"]
 

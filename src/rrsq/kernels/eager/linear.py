@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .packing import weight_operand
+from ..packing import weight_operand
 
 __all__ = ["int8_matmul", "linear_folded", "linear_group_scaled", "linear_weight_only"]
 
@@ -39,7 +39,7 @@ def linear_folded(
     Args:
         operand: int8 ``[tokens, in]``.
         scale: float32 ``[tokens]``.
-        weight_operand: int8 ``[out, in]`` from :func:`~rrsq.kernels.eager.packing.weight_operand`.
+        weight_operand: int8 ``[out, in]`` from :func:`~rrsq.kernels.packing.weight_operand`.
         weight_scale: float32 ``[out]``.
         bias: ``[out]`` or None.
         out_dtype: dtype of the result.

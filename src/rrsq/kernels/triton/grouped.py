@@ -6,14 +6,13 @@ import torch
 import triton
 from torch import Tensor
 
-from ..eager.packing import pack_block
+from ..packing import chunk_words, pack_block
 from ..routing import Routing
 from .device import compiled
 from .gemv_kernel import ROWS
 from .grouped_float import launch_float
 from .grouped_kernel import grouped_gemm_kernel, grouped_gemv_kernel
 from .grouped_plans import float_plan, integer_plan
-from .launch import chunk_words
 from .plans import FusedPlan, GemvPlan
 from .workspace import split_sums
 

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..eager.packing import pack_block
+from ..packing import pack_block
 from ..routing import Routing
 from .device import compiled
 from .grouped_float_kernel import grouped_float_kernel

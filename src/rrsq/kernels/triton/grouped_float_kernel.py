@@ -11,8 +11,8 @@ float32.
 import triton
 import triton.language as tl
 
+from ..packing import float_codes
 from .grouped_kernel import rows_of_block
-from .nibbles import float_codes
 from .packed_gemm_kernel import add_parts, read_step, unpack_step
 
 __all__ = ["grouped_float_kernel"]

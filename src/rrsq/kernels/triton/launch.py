@@ -10,86 +10,15 @@ import torch
 import triton
 from torch import Tensor
 
-from ..eager.packing import pack_block
+from ..packing import chunk_words, group_size_of, pack_block, weight_operand
 from .device import compiled
 from .gemv_kernel import ROWS, gemv_kernel
 from .int8_gemm_kernel import int8_gemm_descriptor_kernel, int8_gemm_kernel
 from .packed_gemm_kernel import packed_gemm_kernel
 from .plans import FusedPlan, GemvPlan, Plan, TwoPassPlan
-from .unpack_kernel import unpack_kernel, unpack_words_kernel
 from .workspace import split_sums
 
-__all__ = ["chunk_words", "dequantize", "int8_gemm", "launch", "supports_words", "unpack"]
-
-
-def _group_size(in_features: int, multiplier: Tensor | None) -> int:
-    return 0 if multiplier is None else in_features // multiplier.shape[1]
-
-
-def supports_words(in_features: int, group_size: int) -> bool:
-    """Whether rows split into 32-bit words that share a multiplier (``group_size`` 0: no multipliers)."""
-    return in_features % 64 == 0 and (
-        group_size == 0 or (group_size >= 16 and group_size & (group_size - 1) == 0)
-    )
-
-
-def chunk_words(group_size: int) -> int:
-    return 4 if group_size == 16 else 8
-
-
-def unpack(packed: Tensor, multiplier: Tensor | None) -> Tensor:
-    """The int8 operand ``[out, in]`` of a packed weight."""
-    out_features, row_bytes = packed.shape
-    in_features = 2 * row_bytes
-    group_size = _group_size(in_features, multiplier)
-    out = torch.empty(out_features, in_features, dtype=torch.int8, device=packed.device)
-    half = pack_block(in_features) // 2
-    if supports_words(in_features, group_size):
-        words = chunk_words(group_size)
-        rows, chunks = 4, 256 // words
-        grid = (triton.cdiv(out_features, rows), triton.cdiv(in_features // 8, chunks * words))
-        unpack_words_kernel[grid](
-            packed.view(torch.int32),
-            packed if multiplier is None else multiplier,
-            out.view(torch.int32),
-            out_features,
-            in_features,
-            HALF=half,
-            GROUP=group_size,
-            CHUNK_WORDS=words,
-            BLOCK_ROWS=rows,
-            CHUNKS=chunks,
-            num_warps=4,
-        )
-    else:
-        _unpack_any(packed, multiplier, None, out)
-    return out
-
-
-def dequantize(packed: Tensor, multiplier: Tensor | None, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight ``[out, in]`` in floating point."""
-    out = torch.empty(packed.shape[0], 2 * packed.shape[1], dtype=dtype, device=packed.device)
-    _unpack_any(packed, multiplier, weight_scale, out)
-    return out
-
-
-def _unpack_any(packed: Tensor, multiplier: Tensor | None, weight_scale: Tensor | None, out: Tensor) -> None:
-    rows, row_bytes = packed.shape
-    grid = (rows, triton.cdiv(row_bytes, 1024))
-    unpack_kernel[grid](
-        packed,
-        packed if multiplier is None else multiplier,
-        packed if weight_scale is None else weight_scale,
-        out,
-        rows,
-        row_bytes,
-        HALF=pack_block(2 * row_bytes) // 2,
-        GROUP=_group_size(2 * row_bytes, multiplier),
-        DEQUANTIZE=weight_scale is not None,
-        BLOCK_ROWS=1,
-        BLOCK_BYTES=1024,
-        num_warps=4,
-    )
+__all__ = ["int8_gemm", "launch"]
 
 
 def launch(
@@ -105,7 +34,7 @@ def launch(
 ) -> None:
     """Compute ``out`` ``[tokens, out_features]`` of :func:`rrsq.kernels.linear_folded` by ``plan``."""
     if isinstance(plan, TwoPassPlan):
-        weight = unpack(packed, multiplier) if unpacked is None else unpacked
+        weight = weight_operand(packed, multiplier) if unpacked is None else unpacked
         int8_gemm(plan, operand, scale, weight, weight_scale, bias, out)
     elif isinstance(plan, GemvPlan):
         _gemv(plan, operand, scale, packed, weight_scale, multiplier, bias, out)
@@ -125,7 +54,7 @@ def _gemv(
 ) -> None:
     in_features = operand.shape[1]
     out_features = packed.shape[0]
-    group_size = _group_size(in_features, multiplier)
+    group_size = group_size_of(in_features, multiplier)
     gemv_kernel[(triton.cdiv(out_features, ROWS),)](
         operand.view(torch.int32),
         scale,
@@ -175,7 +104,7 @@ def _fused(
         out_features,
         in_features,
         HALF=pack_block(in_features) // 2,
-        GROUP=_group_size(in_features, multiplier),
+        GROUP=group_size_of(in_features, multiplier),
         HAS_BIAS=bias is not None,
         BLOCK_TOKENS=plan.block_tokens,
         BLOCK_OUT=plan.block_out,

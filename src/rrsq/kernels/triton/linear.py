@@ -6,16 +6,12 @@ import torch
 import triton
 from torch import Tensor
 
+from ..packing import dequantize, supports_words, weight_operand
 from .group_scaled_kernel import group_scaled_kernel
-from .launch import dequantize, launch, supports_words, unpack
+from .launch import launch
 from .tuning import plan_for
 
-__all__ = ["linear_folded", "linear_group_scaled", "linear_weight_only", "weight_operand"]
-
-
-def weight_operand(packed: Tensor, multiplier: Tensor | None) -> Tensor:
-    """See :func:`rrsq.kernels.weight_operand`."""
-    return unpack(packed.contiguous(), None if multiplier is None else multiplier.contiguous())
+__all__ = ["linear_folded", "linear_group_scaled", "linear_weight_only"]
 
 
 def linear_folded(
@@ -68,7 +64,7 @@ def linear_group_scaled(
     out = torch.empty(tokens, out_features, dtype=out_dtype, device=codes.device)
     if tokens == 0:
         return out
-    weight = unpack(weight_packed, weight_multiplier) if unpacked is None else unpacked
+    weight = weight_operand(weight_packed, weight_multiplier) if unpacked is None else unpacked
     block_tokens, block_out, warps = (
         (128, 128, 8) if tokens > 64 else (64, 64, 4) if tokens > 16 else (16, 64, 4)
     )

@@ -11,7 +11,7 @@ fixed order, so results are deterministic.
 import triton
 import triton.language as tl
 
-from .nibbles import scaled_high, scaled_low, sixteenfold_high, sixteenfold_low
+from ..packing import scaled_high, scaled_low, sixteenfold_high, sixteenfold_low
 
 __all__ = ["add_parts", "multiply_packed", "packed_gemm_kernel", "read_step", "unpack_step"]
 

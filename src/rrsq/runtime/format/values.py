@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from ...kernels.eager.packing import MULTIPLIER_MAX
+from ...kernels.packing import MULTIPLIER_MAX
 
 __all__ = ["check_values"]
 
