@@ -18,7 +18,7 @@ FOLDED = InputScheme(CHANNELS, 4, 0.9, group_size=GROUP, fold=True)
 SMOOTHED = replace(FOLDED, fold=False)
 
 
-def test_folded_scales_are_whole_multiples_of_one_scale_a_token() -> None:
+def test_integer_scales_are_whole_multiples_of_one_scale_a_token() -> None:
     x = X.double().numpy()
     expected = np.empty_like(x)
     for token in range(TOKENS):

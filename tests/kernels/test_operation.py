@@ -237,6 +237,35 @@ def test_a_call_on_the_second_gpu():
     assert torch.equal(kernels.weight_operand(packed.to("cuda:1")).cpu(), expected)
 
 
+def test_constraints_of_sizes_and_dtypes():
+    constraints = Constraints(
+        divisible={"k": 8},
+        at_least={"n": 4},
+        at_most={"k": 64},
+        power_of_two=frozenset({"n"}),
+        dtypes={"x": frozenset({torch.float16})},
+    )
+    assert constraints.violations(Target("cpu"), {"k": 68, "other": 3, "n": 3, "x": torch.float32}) == [
+        "k = 68 is not a multiple of 8",
+        "k = 68 is more than 64",
+        "n = 3 is less than 4",
+        "n = 3 is not a power of two",
+        "x of torch.float32 is not supported",
+    ]
+    assert constraints.violations(Target("cpu"), {"k": 64, "n": 4, "x": torch.float16}) == []
+    assert Constraints().violations(Target("cpu"), {"k": 68}) == []
+
+
+def test_reasons_come_with_the_best_kernel_first():
+    triton, eager = times_two_plus.explain(Target("cpu"), {"channels": 6})
+    assert (triton.kernel.backend, eager.kernel.backend) == ("triton", "eager")
+    assert triton.reasons == (
+        "on a CPU the interpreter only runs when asked for",
+        "channels = 6 is not a multiple of 4",
+    )
+    assert eager.reasons == ()
+
+
 def test_constraints_of_a_device():
     constraints = Constraints.on_gpu()
     gpu, old = Target("cuda", (9, 0), assumed=True), Target("cuda", (7, 5), assumed=True)

@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,8 +54,10 @@ BACKENDS = ("eager", "triton")
 _ENVIRONMENT_VARIABLE = "RRSQ_KERNELS"
 _REMEMBERED = 4096
 _asked_for: ContextVar[str | None] = ContextVar("rrsq kernel backend", default=None)
+P = ParamSpec("P")
+R = TypeVar("R")
 _library = torch.library.Library("rrsq", "DEF")
-_operations: dict[str, Operation] = {}
+_operations: dict[str, Operation[..., Any]] = {}
 
 Facts = Mapping[str, "int | torch.dtype"]
 """Named sizes and dtypes of a call: what a choice may depend on, never the values in a tensor."""
@@ -209,7 +211,7 @@ class Candidate:
     reasons: tuple[str, ...]
 
 
-class Operation:
+class Operation(Generic[P, R]):
     """A function with several implementations; see the module's documentation.
 
     Attributes:
@@ -221,7 +223,7 @@ class Operation:
 
     def __init__(
         self,
-        reference: Callable[..., Any],
+        reference: Callable[P, R],
         fake: Callable[..., Any],
         sizes: Callable[..., tuple[tuple[str, int], ...]] | None,
         dtypes: tuple[str, ...],
@@ -246,7 +248,7 @@ class Operation:
         )
         self._op = getattr(torch.ops.rrsq, self.name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the best kernel for the arguments.
 
         Raises:
@@ -255,7 +257,7 @@ class Operation:
         if torch.compiler.is_compiling():
             return self._op(*args, **kwargs)
         if kwargs or len(args) != len(self._parameters):
-            args = self._complete(args, kwargs)
+            args = self._complete(args, kwargs)  # type: ignore[assignment]
         if type(args[0]) is not Tensor:  # A tensor that is traced, or that is none.
             return self._op(*args)
         return self._choose(args)(*args)
@@ -274,7 +276,7 @@ class Operation:
 
         return add
 
-    def bind(self, device: torch.device, **facts: int | torch.dtype) -> Callable[..., Any]:
+    def bind(self, device: torch.device, **facts: int | torch.dtype) -> Callable[..., R]:
         """The implementation for calls on a device with these sizes and dtypes, as a plain function.
 
         For modules, which choose when they meet a device (and a number of tokens of another size class), and
@@ -386,7 +388,7 @@ def operation(
     dtypes: tuple[str, ...] = (),
     mutates: Collection[str] = (),
     typical: Facts | None = None,
-) -> Callable[[Callable[..., Any]], Operation]:
+) -> Callable[[Callable[P, R]], Operation[P, R]]:
     """Make an :class:`Operation` of the decorated function, its eager reference.
 
     The schema is that of its signature: tensors, None, numbers, strings and dtypes, the first argument a
@@ -402,7 +404,7 @@ def operation(
         typical: facts of an ordinary call, for reports.
     """
 
-    def define(function: Callable[..., Any]) -> Operation:
+    def define(function: Callable[P, R]) -> Operation[P, R]:
         made = Operation(function, fake, sizes, dtypes, mutates, typical or {})
         _operations[made.name] = made
         return made
@@ -410,6 +412,6 @@ def operation(
     return define
 
 
-def operations() -> Mapping[str, Operation]:
+def operations() -> Mapping[str, Operation[..., Any]]:
     """All operations that are defined so far, by name."""
     return _operations

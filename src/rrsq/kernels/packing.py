@@ -38,6 +38,7 @@ __all__ = [
     "sixteenfold_high",
     "sixteenfold_low",
     "supports_words",
+    "unpack",
     "unpack_int4",
     "weight_operand",
     "weight_sizes",
@@ -321,7 +322,8 @@ def chunk_words(group_size: int) -> int:
 
 
 @weight_operand.kernel("triton", Constraints.on_gpu())
-def _unpack(packed: Tensor, multiplier: Tensor | None) -> Tensor:
+def unpack(packed: Tensor, multiplier: Tensor | None) -> Tensor:
+    """The kernel of :func:`weight_operand`."""
     packed = packed.contiguous()
     multiplier = None if multiplier is None else multiplier.contiguous()
     out_features, row_bytes = packed.shape

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rrsq import kernels
-from rrsq.runtime.modules.input import FloatInput, FoldedInput, InputQuantizer, InputScheme, SmoothedInput
+from rrsq.runtime.modules.input import FloatInput, InputQuantizer, InputScheme, Int8Input, SmoothedInput
 from rrsq.runtime.modules.rotation import OnlineHadamard
 from rrsq.runtime.rotation.hadamard import orthonormal, plan_hadamard
 
@@ -44,9 +44,9 @@ def test_the_group_size_is_reduced_to_a_divisor() -> None:
     ("scheme", "kind"),
     [
         (InputScheme(CHANNELS, 16), FloatInput),
-        (InputScheme(CHANNELS, 4), FoldedInput),
-        (InputScheme(CHANNELS, 8), FoldedInput),
-        (InputScheme(CHANNELS, 4, group_size=16, fold=True), FoldedInput),
+        (InputScheme(CHANNELS, 4), Int8Input),
+        (InputScheme(CHANNELS, 8), Int8Input),
+        (InputScheme(CHANNELS, 4, group_size=16, fold=True), Int8Input),
         (smoothed_scheme(), SmoothedInput),
         (smoothed_scheme(scope="token"), SmoothedInput),
         (smoothed_scheme(channel_order="per_call"), FloatInput),
@@ -114,7 +114,7 @@ class Counter:
 
 
 def test_consumers_share_one_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = Counter(monkeypatch, "quantize_folded")
+    counter = Counter(monkeypatch, "quantize_tokens")
     quantizer = InputQuantizer(InputScheme(CHANNELS, 4), consumers=3)
     x = activations(4)
     results = [quantizer(x) for _ in range(3)]
@@ -124,7 +124,7 @@ def test_consumers_share_one_result(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_tensor_is_quantized_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = Counter(monkeypatch, "quantize_folded")
+    counter = Counter(monkeypatch, "quantize_tokens")
     quantizer = InputQuantizer(InputScheme(CHANNELS, 4), consumers=2)
     x = activations(4)
     quantizer(x)
@@ -145,7 +145,7 @@ def test_a_buffer_that_is_written_again_is_read_again() -> None:
 
 
 def test_a_dead_tensor_is_not_mistaken_for_a_live_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = Counter(monkeypatch, "quantize_folded")
+    counter = Counter(monkeypatch, "quantize_tokens")
     quantizer = InputQuantizer(InputScheme(CHANNELS, 4), consumers=3)
     for seed in range(5):
         x = activations(4, seed=seed)

@@ -180,13 +180,13 @@ def test_linears_of_one_input_quantize_it_once(tiny_llama_dir: Path, monkeypatch
         tiny_llama_dir, recipe_of("rtn-w4a4", ["activations.smoothing={group_size: 16}"])
     )
     calls: list[torch.Size] = []
-    original = kernels.quantize_folded
+    original = kernels.quantize_tokens
 
     def counting(x: Tensor, *args: Any) -> Any:
         calls.append(x.shape)
         return original(x, *args)
 
-    monkeypatch.setattr(kernels, "quantize_folded", counting)
+    monkeypatch.setattr(kernels, "quantize_tokens", counting)
     tokens = random_tokens(2, 5)
     first = logits_of(quantized.model, tokens)
     assert [shape[1] for shape in calls] == 3 * [96, 64, 96, 160]

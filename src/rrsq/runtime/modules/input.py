@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ... import kernels
 from .rotation import OnlineHadamard
 
-__all__ = ["FloatInput", "FoldedInput", "InputQuantizer", "InputScheme", "QuantizedInput", "SmoothedInput"]
+__all__ = ["FloatInput", "InputQuantizer", "InputScheme", "Int8Input", "QuantizedInput", "SmoothedInput"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class FloatInput:
 
 
 @dataclass(frozen=True)
-class FoldedInput:
+class Int8Input:
     """int8 ``operand [tokens, channels]`` and float32 ``scale [tokens]``: ``x ≈ operand * scale``."""
 
     operand: Tensor
@@ -78,7 +78,7 @@ class SmoothedInput:
     tokens_per_set: int
 
 
-QuantizedInput = FloatInput | FoldedInput | SmoothedInput
+QuantizedInput = FloatInput | Int8Input | SmoothedInput
 
 
 class InputQuantizer(nn.Module):
@@ -129,7 +129,7 @@ class InputQuantizer(nn.Module):
         if scheme.bits == 16 or scheme.simulated:
             return FloatInput(self.simulate(rows).to(x.dtype))
         if scheme.group_size is None or scheme.fold:
-            return self._folded(rows)
+            return self._quantize_tokens(rows)
         codes, scale, group_scale = kernels.quantize_smoothed(
             rows,
             scheme.bits,
@@ -149,19 +149,19 @@ class InputQuantizer(nn.Module):
             (None, 0, 1) if rotation is None else (rotation.base(device), rotation.plan.block, rotation.inner)
         )
 
-    def _folded(self, rows: Tensor) -> FoldedInput:
+    def _quantize_tokens(self, rows: Tensor) -> Int8Input:
         scheme = self.scheme
         rotation = self._rotation_arguments(rows.device)
-        return FoldedInput(
-            *kernels.quantize_folded(rows, scheme.bits, scheme.group_size, scheme.clip, *rotation)
+        return Int8Input(
+            *kernels.quantize_tokens(rows, scheme.bits, scheme.group_size, scheme.clip, *rotation)
         )
 
     def simulate(self, x: Tensor) -> Tensor:
         """What the quantized input stands for: float32 ``[..., channels]`` in the original channel order."""
         scheme = self.scheme
         if scheme.bits != 16 and (scheme.group_size is None or scheme.fold):
-            folded = self._folded(x.reshape(-1, scheme.channels))
-            return (folded.operand.float() * folded.scale.unsqueeze(1)).view(x.shape)
+            quantized = self._quantize_tokens(x.reshape(-1, scheme.channels))
+            return (quantized.operand.float() * quantized.scale.unsqueeze(1)).view(x.shape)
         x = x.float() if self.rotation is None else self.rotation(x.float())
         if scheme.bits == 16 or scheme.group_size is None:
             return x

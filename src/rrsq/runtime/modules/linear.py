@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import kernels
-from .input import FoldedInput, InputQuantizer, SmoothedInput
+from .input import InputQuantizer, Int8Input, SmoothedInput
 from .packed import PackedWeight
 
 __all__ = ["QuantizedLinear"]
@@ -47,8 +47,8 @@ class QuantizedLinear(PackedWeight):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]`` in the dtype of ``x``."""
         quantized = self.input_quantizer(x)
-        if isinstance(quantized, FoldedInput):
-            y = kernels.linear_folded(
+        if isinstance(quantized, Int8Input):
+            y = kernels.linear_int8(
                 quantized.operand,
                 quantized.scale,
                 self.weight_packed,
@@ -72,7 +72,7 @@ class QuantizedLinear(PackedWeight):
                 self._cpu_operand(),
             )
         else:
-            y = kernels.linear_weight_only(
+            y = kernels.linear_w4a16(
                 quantized.x,
                 self.weight_packed,
                 self.weight_scale,
