@@ -29,7 +29,7 @@ SHAPES = {
 }
 # What experts read: integers, 16-bit activations, or codes with real group scales of the whole call.
 SCHEMES: dict[str, dict[str, Any]] = {
-    "integer": {"bits": 4, "group_size": 16, "fold": True},
+    "integer": {"bits": 4, "group_size": 16, "scales": "integer"},
     "16 bits": {},
     "smoothed": {"bits": 4, "group_size": 128, "scope": "sequence"},
 }

@@ -30,7 +30,7 @@ def smooth(x: Tensor, scheme: InputScheme, channel_order: Tensor | None) -> Tens
         return x
     ordered = x if channel_order is None else x[:, channel_order]
     grouped = ordered.view(x.shape[0], -1, scheme.group_size)
-    if scheme.fold:
+    if scheme.scales == "integer":
         scale, multiplier = integer_scales(grouped.abs().amax(2), scheme.bits, scheme.clip)
         scales = scale.unsqueeze(1) * multiplier
     else:

@@ -107,10 +107,10 @@ def test_a_wrong_dtype(load: Callable[[Path], Any], damaged: Path, name: str, dt
     refuse(load, damaged, f"'{name}' of the checkpoint has dtype")
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None])
+@pytest.mark.parametrize("version", [3, 0, "1", True, None])
 def test_an_unknown_format_version(load: Callable[[Path], Any], damaged: Path, version: object) -> None:
     change_config(damaged, lambda config: config.update(format_version=version))
-    refuse(load, damaged, f"format version {version!r}; this rrsq reads version 1")
+    refuse(load, damaged, f"format version {version!r}; this rrsq reads versions 1 and 2")
 
 
 @pytest.mark.parametrize(
@@ -234,8 +234,44 @@ def test_a_header_says_what_the_file_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [{}, {"format_version": 1}, {"format_version": 1, "recipe": 5, "rotation": {}}]
+    "data",
+    [
+        {},
+        {"format_version": 1},
+        {"format_version": 2},
+        {"format_version": 1, "recipe": 5, "rotation": {}},
+        {"format_version": 1, "recipe": {"overrides": [5], "activations": {"smoothing": 5}}, "rotation": {}},
+        {"format_version": 2, "recipe": {"activations": {"smoothing": {"fold": "none"}}}, "rotation": {}},
+    ],
 )
 def test_a_configuration_without_content(data: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError):
         parse_info(data)
+
+
+def test_a_recipe_of_format_version_1() -> None:
+    """There ``smoothing.scales`` was called ``fold``, in the recipe and in its overrides."""
+
+    def of(fold: str, scope: str) -> dict[str, Any]:
+        return {"bits": 4, "smoothing": {"fold": fold, "scope": scope, "group_size": 32}}
+
+    recipe = {
+        "activations": of("integer", "token"),
+        "overrides": [
+            {"match": "*.down", "activations": of("none", "sequence")},
+            {"match": "*.o", "activations": {"bits": 8}},
+        ],
+    }
+    info = parse_info({"format_version": 1, "recipe": recipe, "rotation": {}})
+    smoothings = [
+        section.activations and section.activations.smoothing
+        for section in (info.recipe, *info.recipe.overrides)
+    ]
+    assert [s and (s.scales, s.scope, s.group_size) for s in smoothings] == [
+        ("integer", "token", 32),
+        ("real", "sequence", 32),
+        None,
+    ]
+    assert info.format_version == 2
+    assert recipe["activations"]["smoothing"]["fold"] == "integer"
+    assert parse_info(info.model_dump(mode="json")) == info

@@ -46,7 +46,7 @@ def test_the_group_size_is_reduced_to_a_divisor() -> None:
         (InputScheme(CHANNELS, 16), FloatInput),
         (InputScheme(CHANNELS, 4), Int8Input),
         (InputScheme(CHANNELS, 8), Int8Input),
-        (InputScheme(CHANNELS, 4, group_size=16, fold=True), Int8Input),
+        (InputScheme(CHANNELS, 4, group_size=16, scales="integer"), Int8Input),
         (smoothed_scheme(), SmoothedInput),
         (smoothed_scheme(scope="token"), SmoothedInput),
         (smoothed_scheme(channel_order="per_call"), FloatInput),

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 QUANT_METHOD: Literal["rrsq"] = "rrsq"
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 
 
 class _Part(BaseModel):
@@ -126,7 +126,7 @@ class CheckpointInfo(_Part):
     """
 
     quant_method: Literal["rrsq"] = QUANT_METHOD
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     recipe: Recipe
     rotation: RotationInfo
     key_bits: tuple[int, ...] = ()
@@ -147,10 +147,12 @@ def parse_info(data: dict[str, Any]) -> CheckpointInfo:
             valid, or a rotation that does not exist.
     """
     version = data.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is int and version == 1:
+        data = _of_version_1(data)
+    elif version != FORMAT_VERSION:
         raise CheckpointError(
-            f"The checkpoint has format version {version!r:.50}; this rrsq reads version {FORMAT_VERSION}."
-            " Install the rrsq release that wrote it, or quantize the model again."
+            f"The checkpoint has format version {version!r:.50}; this rrsq reads versions 1 and"
+            f" {FORMAT_VERSION}. Install the rrsq release that wrote it, or quantize the model again."
         )
     try:
         info = CheckpointInfo.model_validate(data)
@@ -164,6 +166,28 @@ def parse_info(data: dict[str, Any]) -> CheckpointInfo:
         ) from error
     info.rotation.check()
     return info
+
+
+def _of_version_1(data: dict[str, Any]) -> dict[str, Any]:
+    """In version 1 a recipe's ``smoothing.scales`` was called ``fold``, and ``real`` was ``none``."""
+    recipe = _with_scales(data.get("recipe"))
+    if isinstance(recipe, dict) and isinstance(recipe.get("overrides"), list):
+        recipe = {**recipe, "overrides": [_with_scales(override) for override in recipe["overrides"]]}
+    return {**data, "recipe": recipe, "format_version": FORMAT_VERSION}
+
+
+def _with_scales(section: Any) -> Any:
+    """A recipe or an override of it with the field's present name."""
+    activations = section.get("activations") if isinstance(section, dict) else None
+    if not isinstance(activations, dict):
+        return section
+    smoothing = activations.get("smoothing")
+    if not isinstance(smoothing, dict) or "fold" not in smoothing:
+        return section
+    smoothing = {("scales" if key == "fold" else key): value for key, value in smoothing.items()}
+    if smoothing["scales"] == "none":
+        smoothing["scales"] = "real"
+    return {**section, "activations": {**activations, "smoothing": smoothing}}
 
 
 def _unknown_recipe(data: dict[str, Any], where: str, message: str) -> str:

@@ -25,7 +25,7 @@ class InputScheme:
         clip: fraction of the largest magnitude that the top code stands for.
         group_size: channels that share a smoothing scale; None for no smoothing.
         scope, statistic: see :class:`rrsq.recipe.Smoothing`.
-        fold: smoothing scales are integers folded into the operand.
+        scales: of smoothing: ``integer``, multipliers inside the int8 operand, or ``real``.
         channel_order: ``none``, ``calibrated`` or ``per_call``.
     """
 
@@ -35,7 +35,7 @@ class InputScheme:
     group_size: int | None = None
     scope: str = "token"
     statistic: str = "max"
-    fold: bool = False
+    scales: str = "real"
     channel_order: str = "none"
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class InputQuantizer(nn.Module):
         rows = x.reshape(-1, scheme.channels)
         if scheme.bits == 16 or scheme.simulated:
             return FloatInput(self.simulate(rows).to(x.dtype))
-        if scheme.group_size is None or scheme.fold:
+        if scheme.group_size is None or scheme.scales == "integer":
             return self._quantize_tokens(rows)
         codes, scale, group_scale = kernels.quantize_smoothed(
             rows,
@@ -159,7 +159,7 @@ class InputQuantizer(nn.Module):
     def simulate(self, x: Tensor) -> Tensor:
         """What the quantized input stands for: float32 ``[..., channels]`` in the original channel order."""
         scheme = self.scheme
-        if scheme.bits != 16 and (scheme.group_size is None or scheme.fold):
+        if scheme.bits != 16 and (scheme.group_size is None or scheme.scales == "integer"):
             quantized = self._quantize_tokens(x.reshape(-1, scheme.channels))
             return (quantized.operand.float() * quantized.scale.unsqueeze(1)).view(x.shape)
         x = x.float() if self.rotation is None else self.rotation(x.float())
