@@ -36,7 +36,7 @@ def _do_not_launch(self: InterpretedFunction, grid: object) -> Callable[..., Non
 
 def quantized_linear() -> QuantizedLinear:
     """One of the default recipe, with random codes."""
-    scheme = InputScheme(CHANNELS, bits=4, clip=0.9333, group_size=16, fold=True)
+    scheme = InputScheme(CHANNELS, bits=4, clip=0.9333, group_size=16, scales="integer")
     linear = QuantizedLinear(
         CHANNELS,
         CHANNELS,
