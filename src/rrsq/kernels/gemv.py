@@ -2,6 +2,8 @@
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ._triton import COMPILED, tl, triton
 from .packing import chunk_words, group_size_of, pack_block
 from .plans import GemvPlan
 
-__all__ = ["ROWS", "gemv", "multiply_rows"]
+__all__ = ["ROWS", "gemv", "multiply_rows", "prepared_gemv"]
 
 ROWS = 4
 _DOT4 = tl.constexpr("dp4a.s32.s32 $0, $1, $2, 0;")
@@ -201,25 +203,48 @@ def gemv(
     out: Tensor,
 ) -> None:
     """Compute ``out`` ``[1, out_features]`` of :func:`rrsq.kernels.linear_int8`."""
-    in_features = operand.shape[1]
-    out_features = packed.shape[0]
+    prepared_gemv(plan, packed, weight_scale, multiplier, bias, out.dtype)(operand, scale, out)
+
+
+def prepared_gemv(
+    plan: GemvPlan,
+    packed: Tensor,
+    weight_scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Callable[..., Tensor]:
+    """A function of ``operand`` and ``scale`` (and ``out``, if it is there) to ``out``, for one weight."""
+    out_features, in_features = packed.shape[0], 2 * packed.shape[1]
     group_size = group_size_of(in_features, multiplier)
-    _gemv_kernel[(triton.cdiv(out_features, ROWS),)](
-        operand.view(torch.int32),
-        scale,
-        packed.view(torch.int32),
-        packed if multiplier is None else multiplier,
-        weight_scale,
-        weight_scale if bias is None else bias,
-        out,
-        out_features,
-        in_features,
-        HALF=pack_block(in_features) // 2,
-        GROUP=group_size,
-        HAS_BIAS=bias is not None,
-        CHUNKS=plan.chunks,
-        CHUNK_WORDS=chunk_words(group_size),
-        PTX=COMPILED,
-        enable_fp_fusion=False,
-        num_warps=plan.warps,
-    )
+    kernel = _gemv_kernel[(triton.cdiv(out_features, ROWS),)]
+    words, device = packed.view(torch.int32), packed.device
+    multipliers = packed if multiplier is None else multiplier
+    biases, has_bias = (weight_scale, False) if bias is None else (bias, True)
+    half, of_chunk = pack_block(in_features) // 2, chunk_words(group_size)
+
+    def run(operand: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = torch.empty((1, out_features), dtype=out_dtype, device=device)
+        kernel(
+            operand.view(torch.int32),
+            scale,
+            words,
+            multipliers,
+            weight_scale,
+            biases,
+            out,
+            out_features,
+            in_features,
+            HALF=half,
+            GROUP=group_size,
+            HAS_BIAS=has_bias,
+            CHUNKS=plan.chunks,
+            CHUNK_WORDS=of_chunk,
+            PTX=COMPILED,
+            enable_fp_fusion=False,
+            num_warps=plan.warps,
+        )
+        return out
+
+    return run

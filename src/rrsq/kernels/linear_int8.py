@@ -2,11 +2,13 @@
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .gemv import gemv
+from .gemv import gemv, prepared_gemv
 from .operation import Constraints, operation
 from .packed_gemm import packed_gemm
 from .packing import group_size_of, supports_words, unpack, weight_operand, weight_sizes
@@ -61,6 +63,7 @@ def _sizes(
     fake=_fake,
     sizes=_sizes,
     dtypes=("out_dtype",),
+    activations=2,
     typical={
         "out_dtype": torch.bfloat16,
         "in_features": 4096,
@@ -129,6 +132,37 @@ def _launch(
             unpacked,
         )
     return out
+
+
+def _prepare(
+    operand: Tensor,
+    scale: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    unpacked: Tensor | None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """See :meth:`~rrsq.kernels.operation.Operation.prepare`."""
+    tokens, in_features = operand.shape
+    out_features = weight_packed.shape[0]
+    packed_words = supports_words(in_features, group_size_of(in_features, weight_multiplier))
+    plan = plan_for(tokens, out_features, in_features, packed_words, operand.device) if tokens else None
+    if isinstance(plan, GemvPlan):
+        return prepared_gemv(plan, weight_packed, weight_scale, weight_multiplier, bias, out_dtype)
+
+    def run(operand: Tensor, scale: Tensor) -> Tensor:
+        out = torch.empty(tokens, out_features, dtype=out_dtype, device=operand.device)
+        if plan is not None:
+            weight = weight_packed, weight_scale, weight_multiplier
+            launch(plan, operand.contiguous(), scale, *weight, bias, out, unpacked)
+        return out
+
+    return run
+
+
+_launch.prepare = _prepare  # type: ignore[attr-defined]
 
 
 def launch(

@@ -229,11 +229,13 @@ class Operation(Generic[P, R]):
         dtypes: tuple[str, ...],
         mutates: Collection[str],
         typical: Facts,
+        activations: int,
     ) -> None:
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
         self.reference = reference
         self.typical = typical
+        self._activations = activations
         parameters = inspect.signature(reference).parameters
         self._parameters = tuple(parameters)
         self._defaults = tuple(parameter.default for parameter in parameters.values())
@@ -275,6 +277,27 @@ class Operation(Generic[P, R]):
             return function
 
         return add
+
+    def prepare(self, *args: Any) -> Callable[..., Any]:
+        """What runs calls like this one, with all that will be the same looked up once.
+
+        For modules that decode: the same weight, the same few shapes, thousands of times. A kernel offers it
+        by an attribute ``prepare`` of its function, which takes all arguments and returns a function of those
+        that are activations. Without one, or where there are several GPUs, it is made of the function itself.
+
+        Args:
+            args: all arguments of a call; those that are activations come first.
+        """
+        function = self._choose(args)
+        made = getattr(function, "prepare", None)
+        if made is not None:
+            return made(*args)
+        count = self._activations
+
+        def run(*activations: Any) -> Any:
+            return function(*activations, *args[count:])
+
+        return run
 
     def bind(self, device: torch.device, **facts: int | torch.dtype) -> Callable[..., R]:
         """The implementation for calls on a device with these sizes and dtypes, as a plain function.
@@ -388,6 +411,7 @@ def operation(
     dtypes: tuple[str, ...] = (),
     mutates: Collection[str] = (),
     typical: Facts | None = None,
+    activations: int = 1,
 ) -> Callable[[Callable[P, R]], Operation[P, R]]:
     """Make an :class:`Operation` of the decorated function, its eager reference.
 
@@ -402,10 +426,11 @@ def operation(
         dtypes: arguments whose dtype kernels may constrain.
         mutates: arguments that are written to.
         typical: facts of an ordinary call, for reports.
+        activations: how many arguments, the first ones, differ from call to call (:meth:`Operation.prepare`).
     """
 
     def define(function: Callable[P, R]) -> Operation[P, R]:
-        made = Operation(function, fake, sizes, dtypes, mutates, typical or {})
+        made = Operation(function, fake, sizes, dtypes, mutates, typical or {}, activations)
         _operations[made.name] = made
         return made
 

@@ -7,6 +7,8 @@ left for its epilogue. Without groups ``m`` is 1 everywhere, which is ordinary p
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -144,6 +146,55 @@ def _quantize_kernel(
         tl.store(operand_pointer + row + offset, operand.to(tl.int8), mask=offset < channels)
 
 
+def _prepare(
+    x: Tensor,
+    bits: int,
+    group_size: int | None,
+    clip: float,
+    base: Tensor | None,
+    hadamard_block: int,
+    hadamard_inner: int,
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """See :meth:`~rrsq.kernels.operation.Operation.prepare`."""
+    (tokens, channels), device = x.shape, x.device
+    limit = code_max(bits)
+    scale_factor = clip / limit if group_size is None else clip / (limit * MULTIPLIER_MAX)
+    if base is not None or tokens == 0:
+
+        def rotate(x: Tensor) -> tuple[Tensor, Tensor]:
+            return _launch(x, bits, group_size, clip, base, hadamard_block, hadamard_inner)
+
+        return rotate
+    block = max(triton.next_power_of_2(channels), 64)
+    if block > _WHOLE_ROW:
+        block = _WHOLE_ROW // 4
+    kernel = _quantize_kernel[(tokens,)]
+    code_factor, group = clip / limit, group_size or 0
+    blocks, warps = triton.cdiv(channels, block), min(max(block // 1024, 1), 16)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.contiguous()
+        operand = torch.empty((tokens, channels), dtype=torch.int8, device=device)
+        scale = torch.empty(tokens, dtype=torch.float32, device=device)
+        kernel(
+            x,
+            operand,
+            scale,
+            channels,
+            scale_factor,
+            code_factor,
+            CODE_MAX=limit,
+            GROUP=group,
+            BLOCK=block,
+            BLOCKS=blocks,
+            enable_fp_fusion=False,
+            num_warps=warps,
+        )
+        return operand, scale
+
+    return run
+
+
 @quantize_tokens.kernel("triton", ACTIVATIONS)
 def _launch(
     x: Tensor,
@@ -154,7 +205,9 @@ def _launch(
     hadamard_block: int,
     hadamard_inner: int,
 ) -> tuple[Tensor, Tensor]:
-    tokens, channels = x.shape
+    tokens = x.shape[0]
+    if base is None and tokens:
+        return _prepare(x, bits, group_size, clip, base, hadamard_block, hadamard_inner)(x)
     x = x.contiguous()
     operand = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
@@ -162,25 +215,11 @@ def _launch(
         return operand, scale
     limit = code_max(bits)
     factors = (clip / limit if group_size is None else clip / (limit * MULTIPLIER_MAX), clip / limit)
-    if base is not None:
-        rotation = (base, hadamard_block, hadamard_inner)
-        launch_rotation(x, *rotation, operand, scale, factors, limit, group_size or 0, True)
-        return operand, scale
-    block = max(triton.next_power_of_2(channels), 64)
-    if block > _WHOLE_ROW:
-        block = _WHOLE_ROW // 4
-    _quantize_kernel[(tokens,)](
-        x,
-        operand,
-        scale,
-        channels,
-        factors[0],
-        factors[1],
-        CODE_MAX=limit,
-        GROUP=group_size or 0,
-        BLOCK=block,
-        BLOCKS=triton.cdiv(channels, block),
-        enable_fp_fusion=False,
-        num_warps=min(max(block // 1024, 1), 16),
+    assert base is not None
+    launch_rotation(
+        x, base, hadamard_block, hadamard_inner, operand, scale, factors, limit, group_size or 0, True
     )
     return operand, scale
+
+
+_launch.prepare = _prepare  # type: ignore[attr-defined]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -75,19 +77,27 @@ def activations(*shape: int, seed: int = 5) -> Tensor:
 
 
 class Calls:
-    """Counts the calls of a kernel."""
+    """Notes the calls of kernels, prepared or not."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         self.made: list[str] = []
+        self.channels: list[int] = []
         for name in names:
-            monkeypatch.setattr(kernels, name, self.counting(name, getattr(kernels, name)))
+            original = getattr(kernels, name)
+            call = self.noting(name, original)
+            call.prepare = self.preparing(name, original)
+            monkeypatch.setattr(kernels, name, call)
 
-    def counting(self, name: str, original: Any) -> Any:
+    def noting(self, name: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.made.append(name)
-            return original(*args, **kwargs)
+            self.channels.append(args[0].shape[-1])
+            return function(*args, **kwargs)
 
         return call
+
+    def preparing(self, name: str, original: Any) -> Any:
+        return lambda *args: self.noting(name, original.prepare(*args))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -109,11 +119,13 @@ def test_together_as_alone(scheme: InputScheme, group_size: int | None, bias: bo
 
 
 def test_one_quantization_and_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch, "quantize_tokens", "linear_int8")
     attention, x = fused(INTEGER), activations(3)
-    attention(x)
-    calls = Calls(monkeypatch, "quantize_tokens", "linear_int8", "weight_operand")
-    attention(x)
-    assert calls.made == ["quantize_tokens", "linear_int8"]
+    for number in range(4):
+        calls.made.clear()
+        attention(x)
+        if number > 1:  # The second call prepares.
+            assert calls.made == ["quantize_tokens", "linear_int8"]
 
 
 def test_the_weight_is_in_memory_once() -> None:
@@ -224,6 +236,39 @@ def test_nothing_is_held_on_the_meta_device() -> None:
     attention.to("meta")
     assert attention.qkv_fused._joined is None
     assert isinstance(attention.qkv_fused(activations(1)), Tensor)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 64, 65])
+def test_prepared_calls_are_the_first_ones(tokens: int) -> None:
+    """What is looked up once gives the same numbers, for other tokens too, and forgets an old weight."""
+    attention, alone = fused(INTEGER), Attention(INTEGER)
+    first, second = activations(tokens), activations(tokens, seed=1)
+    expected = alone(first), alone(second)
+    for _ in range(3):
+        for module in (attention, alone):
+            assert torch.equal(module(first), expected[0])
+            assert torch.equal(module(second), expected[1])
+    for module in (attention, alone):
+        set_random_weight(module.k_proj, torch.Generator().manual_seed(3))
+    fresh = Attention(INTEGER)
+    set_random_weight(fresh.k_proj, torch.Generator().manual_seed(3))
+    assert torch.equal(attention(first), fresh(first))
+    assert torch.equal(alone(first), fresh(first))
+    assert not torch.equal(fresh(first), expected[0])
+
+
+def test_a_weight_that_comes_and_goes_is_not_held() -> None:
+    """As with offloading: every call finds another tensor, and none outlives it."""
+    attention, x = Attention(INTEGER), activations(1)
+    expected = attention(x)
+    linear = attention.q_proj
+    for _ in range(4):
+        linear.weight_packed = linear.weight_packed.clone()
+        held = weakref.ref(linear.weight_packed)
+        assert torch.equal(attention(x), expected)
+        linear.weight_packed = linear.weight_packed.clone()
+        gc.collect()
+        assert held() is None
 
 
 def test_threads_do_not_get_each_others_results() -> None:

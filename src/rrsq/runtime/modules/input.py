@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -178,6 +179,33 @@ class InputQuantizer(nn.Module):
         )
         size = kernels.tokens_per_set(scheme.scope, rows.shape[0])
         return SmoothedInput(codes, scale, group_scale, size)
+
+    def prepare(self, rows: Tensor, weight: Weight, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+        """What quantizes rows like ``[tokens, channels]`` and multiplies them by a weight, looked up once.
+
+        None where no integers without real group scales are multiplied.
+        """
+        scheme = self.scheme
+        if scheme.bits == 16 or not (scheme.group_size is None or scheme.scales == "integer"):
+            return None
+        rotation = self._rotation_arguments(rows.device)
+        quantize = kernels.quantize_tokens.prepare(
+            rows, scheme.bits, scheme.group_size, scheme.clip, *rotation
+        )
+        multiply = kernels.linear_int8.prepare(
+            *quantize(rows),
+            weight.packed,
+            weight.scale,
+            weight.multiplier,
+            weight.bias,
+            dtype,
+            weight.unpacked,
+        )
+
+        def run(rows: Tensor) -> Tensor:
+            return multiply(*quantize(rows))
+
+        return run
 
     def _rotation_arguments(self, device: torch.device) -> tuple[Tensor | None, int, int]:
         rotation = self.rotation
