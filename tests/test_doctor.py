@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from rrsq import doctor
 from rrsq.cli.app import app
 from rrsq.doctor import Finding, examine
-from rrsq.kernels import dispatch
 
 
 def rrsq_doctor(*arguments: str) -> Result:
@@ -42,8 +41,8 @@ def test_this_machine(tiny_hub: Path) -> None:
     assert importlib.metadata.version("lm_eval") in result.stdout
     assert f"{tiny_hub}: " in result.stdout
     assert "Salesforce/wikitext" in result.stdout
-    for operation in ("hadamard_transform", "linear_folded", "linear_weight_only"):
-        assert operation in result.stdout
+    for name in ("hadamard_transform", "linear_int8", "linear_w4a16"):
+        assert name in result.stdout
 
 
 @pytest.mark.usefixtures("plain")
@@ -51,7 +50,7 @@ def test_this_machine(tiny_hub: Path) -> None:
 def test_without_a_gpu_the_reference_is_used_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = examine()
     kernels = by_subject(findings.kernels)
-    assert kernels["linear_folded"].found == "eager.linear_folded"
+    assert kernels["linear_int8"].found == "eager.linear_int8"
     assert kernels["not used"].found.startswith("all of triton: ")
     assert "runs on cuda, not on cpu" in kernels["not used"].found
     for plugged_in, cuda, state, found in (
@@ -82,7 +81,6 @@ def test_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: tupl
     }
     for function, value in fake.items():
         monkeypatch.setattr(torch.cuda, function, value)
-    monkeypatch.setattr(dispatch, "_capability", lambda index: capability)
     monkeypatch.setenv("RRSQ_CACHE", str(tmp_path))
     findings = examine()
     gpu, kernels = by_subject(findings.hardware)["GPU 0"], by_subject(findings.kernels)
@@ -90,12 +88,12 @@ def test_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: tupl
     assert "bench" in kernels["tile sizes"].hint
     if capability == (9, 0):
         assert gpu.state == "ok"
-        assert kernels["linear_folded"].found == "triton.linear_folded"
+        assert kernels["linear_int8"].found == "triton.linear_int8"
         assert "kernels" not in kernels
     else:
         assert gpu.state == "note"
-        assert (kernels["linear_folded"].found, kernels["linear_folded"].state) == (
-            "eager.linear_folded",
+        assert (kernels["linear_int8"].found, kernels["linear_int8"].state) == (
+            "eager.linear_int8",
             "note",
         )
         assert "needs compute capability 8.0, this device has 7.5" in kernels["not used"].found
@@ -107,11 +105,11 @@ def test_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: tupl
 def test_problems_have_hints_and_exit_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        monkeypatch.setenv("RRSQ_KERNELS", "triton")
+        monkeypatch.setattr("rrsq.kernels.operation._from_environment", lambda: "triton")
         result = rrsq_doctor()
         assert result.exit_code == 1
         assert "A model cannot run here" in result.stdout
-        monkeypatch.delenv("RRSQ_KERNELS")
+        monkeypatch.undo()
     result = rrsq_doctor("--data-root", str(tmp_path / "nowhere"))
     assert result.exit_code == 1
     assert "nowhere' (--data-root or RRSQ_DATA_ROOT) is not a folder" in result.stdout

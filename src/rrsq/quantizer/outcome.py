@@ -34,6 +34,13 @@ class LayerReport:
     undersampled_experts: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
+    def add(self, path: str, snr_db: float | None, *, fell_back: bool) -> None:
+        """What became of the linears of the input at ``path``."""
+        if snr_db is not None:
+            self.weight_snr_db[path] = snr_db
+        if fell_back:
+            self.fallbacks.append(path)
+
 
 @dataclass
 class QuantizationReport:

@@ -26,7 +26,7 @@ def test_a_checkpoint_holds_what_a_hugging_face_folder_holds(qwen2_checkpoint: P
     assert config["architectures"] == ["Qwen2ForCausalLM"]
     quantization = config["quantization_config"]
     assert quantization["quant_method"] == "rrsq"
-    assert quantization["format_version"] == 1
+    assert quantization["format_version"] == 2
     assert quantization["recipe"] == recipe_of("rrs-w4a4kv4").model_dump(mode="json")
     assert quantization["rotation"]["residual"] == {"size": 64, "block": 64, "base": 1}
     assert quantization["rotation"]["intermediate"]["size"] == 96

@@ -107,10 +107,10 @@ def test_a_wrong_dtype(load: Callable[[Path], Any], damaged: Path, name: str, dt
     refuse(load, damaged, f"'{name}' of the checkpoint has dtype")
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None])
+@pytest.mark.parametrize("version", [3, 1, 0, "2", True, None])
 def test_an_unknown_format_version(load: Callable[[Path], Any], damaged: Path, version: object) -> None:
     change_config(damaged, lambda config: config.update(format_version=version))
-    refuse(load, damaged, f"format version {version!r}; this rrsq reads version 1")
+    refuse(load, damaged, f"format version {version!r}; this rrsq reads version 2")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,14 @@ def test_a_header_says_what_the_file_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [{}, {"format_version": 1}, {"format_version": 1, "recipe": 5, "rotation": {}}]
+    "data",
+    [
+        {},
+        {"format_version": 2},
+        {"format_version": 2, "recipe": 5, "rotation": {}},
+        {"format_version": 2, "recipe": {"overrides": [5], "activations": {"smoothing": 5}}, "rotation": {}},
+        {"format_version": 2, "recipe": {"activations": {"smoothing": {"fold": "none"}}}, "rotation": {}},
+    ],
 )
 def test_a_configuration_without_content(data: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError):

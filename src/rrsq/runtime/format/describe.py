@@ -188,8 +188,8 @@ def _activations(activations: Activations) -> str:
     smoothing = activations.smoothing
     if smoothing is None:
         return f"INT{activations.bits}, one scale a token"
-    fold = "integer-folded scales" if smoothing.fold == "integer" else "real scales"
+    scales = "integer multipliers" if smoothing.scales == "integer" else "real scales"
     return (
         f"INT{activations.bits}, runtime smoothing of {smoothing.scope} scope, groups of up to"
-        f" {smoothing.group_size}, {fold}"
+        f" {smoothing.group_size}, {scales}"
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from ...kernels.eager.packing import MULTIPLIER_MAX
+from ...kernels.packing import MULTIPLIER_MAX
 from ...models import ModelFamily, ModelSizes, family_for
 from ..rotation.rotations import make_rotations
 from .format import CheckpointInfo

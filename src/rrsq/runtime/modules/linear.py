@@ -28,7 +28,7 @@ class PackedWeight(nn.Module):
         input_quantizer: quantizer of the input.
 
     Attributes:
-        weight_packed: uint8 ``[..., out, in/2]``, layout of :mod:`rrsq.kernels.eager.packing`.
+        weight_packed: uint8 ``[..., out, in/2]``, layout of :mod:`rrsq.kernels.packing`.
         weight_scale: float32 ``[..., out]``.
         weight_multiplier: uint8 ``[..., out, in/group_size]`` in 1..15, or None.
     """
