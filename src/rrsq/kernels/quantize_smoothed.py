@@ -68,7 +68,8 @@ def _sizes(
     hadamard_block: int,
     hadamard_inner: int,
 ) -> tuple[tuple[str, int], ...]:
-    rotation = rotation_sizes(x.shape[1], base, hadamard_block, hadamard_inner)
+    order = None if base is None else base.shape[0]
+    rotation = rotation_sizes(x.shape[1], order, hadamard_block, hadamard_inner)
     return ("channels", x.shape[1]), ("group_size", group_size), *rotation
 
 

@@ -45,7 +45,8 @@ def _sizes(
     hadamard_inner: int,
 ) -> tuple[tuple[str, int], ...]:
     channels = x.shape[1]
-    rotation = rotation_sizes(channels, base, hadamard_block, hadamard_inner)
+    order = None if base is None else base.shape[0]
+    rotation = rotation_sizes(channels, order, hadamard_block, hadamard_inner)
     if group_size is None:
         return ("channels", channels), *rotation
     return ("channels", channels), ("group_size", group_size), *rotation

@@ -67,16 +67,18 @@ def sylvester(order: int, dtype: torch.dtype, device: torch.device | str) -> Ten
 
 
 def rotation_sizes(
-    channels: int, base: Tensor | None, hadamard_block: int, inner: int
+    channels: int, base: int | None, hadamard_block: int, inner: int
 ) -> tuple[tuple[str, int], ...]:
     """The sizes of a rotation that a kernel may constrain; nothing when there is no rotation.
+
+    ``base`` is the order of the base matrix, None without a rotation.
 
     ``hadamard_rows`` and ``hadamard_columns``: a token seen as rows that need a dense product and contiguous
     columns that Sylvester's matrix mixes (``inner`` > 1: that are not mixed).
     """
     if base is None:
         return ()
-    columns = hadamard_block // base.shape[0] if inner == 1 else inner
+    columns = hadamard_block // base if inner == 1 else inner
     return ("hadamard_rows", channels // columns), ("hadamard_columns", columns)
 
 
@@ -85,7 +87,7 @@ def _fake(x: Tensor, *_: object) -> Tensor:
 
 
 def _sizes(x: Tensor, base: Tensor, hadamard_block: int, inner: int) -> tuple[tuple[str, int], ...]:
-    return ("channels", x.shape[-1]), *rotation_sizes(x.shape[-1], base, hadamard_block, inner)
+    return ("channels", x.shape[-1]), *rotation_sizes(x.shape[-1], base.shape[0], hadamard_block, inner)
 
 
 @operation(fake=_fake, sizes=_sizes, dtypes=("x",), typical={"x": torch.bfloat16, "channels": 4096})
