@@ -104,7 +104,7 @@ def examine_model(
     import torch
 
     from .models import family_for
-    from .quantizer.production.opening import empty_model
+    from .quantizer.production.source import empty_model
     from .recipe import load_recipe
     from .runtime.format.format import QUANT_METHOD, parse_info
     from .runtime.format.loading import load_config

@@ -115,6 +115,8 @@ class PackedWeight(nn.Module):
         module = super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
+        if self.input_quantizer.rotation is not None:
+            self.input_quantizer.rotation.follow(self.weight_packed.device)
         return module
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
