@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from ._triton import COMPILED, tl, triton
+from ._triton import COMPILED, ceil_div, tl, triton
 from .packing import chunk_words, group_size_of, pack_block
 from .plans import GemvPlan
 
@@ -199,12 +199,16 @@ def gemv(
     multiplier: Tensor | None,
     bias: Tensor | None,
     out: Tensor,
+    unpacked: Tensor | None = None,
 ) -> None:
-    """Compute ``out`` ``[1, out_features]`` of :func:`rrsq.kernels.linear_int8`."""
+    """Compute ``out`` ``[1, out_features]`` of :func:`rrsq.kernels.linear_int8`.
+
+    ``unpacked`` is not read.
+    """
     in_features = operand.shape[1]
     out_features = packed.shape[0]
     group_size = group_size_of(in_features, multiplier)
-    _gemv_kernel[(triton.cdiv(out_features, ROWS),)](
+    _gemv_kernel[(ceil_div(out_features, ROWS),)](
         operand.view(torch.int32),
         scale,
         packed.view(torch.int32),

@@ -2,15 +2,17 @@
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from ._triton import ceil_div, tl, triton
 from .gemv import gemv
 from .operation import Constraints, operation
 from .packed_gemm import packed_gemm
 from .packing import group_size_of, supports_words, unpack, weight_operand, weight_sizes
-from .plans import GemvPlan, Plan, TwoPassPlan, plan_for
+from .plans import FusedPlan, GemvPlan, Plan, TwoPassPlan, plan_for
 
 __all__ = ["FLOATING", "int8_matmul", "launch", "linear_int8"]
 
@@ -117,7 +119,7 @@ def _launch(
     if tokens:
         packed_words = supports_words(in_features, group_size_of(in_features, weight_multiplier))
         plan = plan_for(tokens, out_features, in_features, packed_words, operand.device)
-        launch(
+        _LAUNCHERS[type(plan)](
             plan,
             operand.contiguous(),
             scale,
@@ -129,31 +131,6 @@ def _launch(
             unpacked,
         )
     return out
-
-
-def launch(
-    plan: Plan,
-    operand: Tensor,
-    scale: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    multiplier: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
-    unpacked: Tensor | None = None,
-) -> None:
-    """Compute ``out`` ``[tokens, out_features]`` of :func:`linear_int8` by ``plan``.
-
-    Without ``enable_fp_fusion`` a product and a sum are rounded one after the other, as in the reference, so
-    that the results are the reference's to the bit.
-    """
-    if isinstance(plan, TwoPassPlan):
-        weight = unpack(packed, multiplier) if unpacked is None else unpacked
-        _int8_gemm(plan, operand, scale, weight, weight_scale, bias, out)
-    elif isinstance(plan, GemvPlan):
-        gemv(plan, operand, scale, packed, weight_scale, multiplier, bias, out)
-    else:
-        packed_gemm(plan, operand, scale, packed, weight_scale, multiplier, bias, out)
 
 
 @triton.jit
@@ -277,19 +254,22 @@ def _int8_gemm_descriptor_kernel(
     out_descriptor.store([first_token, first_out], y.to(out_descriptor.dtype))
 
 
-def _int8_gemm(
+def _two_passes(
     plan: TwoPassPlan,
     operand: Tensor,
     scale: Tensor,
-    weight: Tensor,
+    packed: Tensor,
     weight_scale: Tensor,
+    multiplier: Tensor | None,
     bias: Tensor | None,
     out: Tensor,
+    unpacked: Tensor | None = None,
 ) -> None:
-    """``out = scale ⊗ weight_scale ⊙ (operand @ weight.T) + bias`` of int8 operand and weight."""
+    """Compute ``out`` ``[tokens, out_features]`` of :func:`linear_int8`."""
+    weight = unpack(packed, multiplier) if unpacked is None else unpacked
     tokens, in_features = operand.shape
     out_features = weight.shape[0]
-    tiles = triton.cdiv(tokens, plan.block_tokens) * triton.cdiv(out_features, plan.block_out)
+    tiles = ceil_div(tokens, plan.block_tokens) * ceil_div(out_features, plan.block_out)
     bias_argument = weight_scale if bias is None else bias
     if plan.descriptors and _describable(operand, weight, out):
         from triton.tools.tensor_descriptor import TensorDescriptor
@@ -342,3 +322,24 @@ def _describable(*tensors: Tensor) -> bool:
         tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
         for tensor in tensors
     )
+
+
+_LAUNCHERS: dict[type[Plan], Callable[..., None]] = {
+    GemvPlan: gemv,
+    FusedPlan: packed_gemm,
+    TwoPassPlan: _two_passes,
+}
+
+
+def launch(plan: Plan, *arguments: Tensor | None) -> None:
+    """Compute :func:`linear_int8` by ``plan``: for tests and tuning.
+
+    Without ``enable_fp_fusion`` a product and a sum are rounded one after the other, as in the reference, so
+    that the results are the reference's to the bit, whatever the plan.
+
+    Args:
+        plan: how.
+        arguments: operand, scale, packed weight, its scale, multiplier and bias as :func:`linear_int8` takes
+            them, ``out`` ``[tokens, out_features]`` to write to, and perhaps ``unpacked``.
+    """
+    _LAUNCHERS[type(plan)](plan, *arguments)

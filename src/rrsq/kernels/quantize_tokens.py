@@ -10,7 +10,7 @@ left for its epilogue. Without groups ``m`` is 1 everywhere, which is ordinary p
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from ._triton import ceil_div, next_power_of_two, tl, triton
 from .codes import (
     MULTIPLIER_MAX,
     code_max,
@@ -157,8 +157,8 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     tokens, channels = x.shape
     x = x.contiguous()
-    operand = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    operand = torch.empty_like(x, dtype=torch.int8)
+    scale = x.new_empty(tokens, dtype=torch.float32)
     if tokens == 0:
         return operand, scale
     limit = code_max(bits)
@@ -167,7 +167,7 @@ def _launch(
         rotation = (base, hadamard_block, hadamard_inner)
         launch_rotation(x, *rotation, operand, scale, factors, limit, group_size or 0, True)
         return operand, scale
-    block = max(triton.next_power_of_2(channels), 64)
+    block = max(next_power_of_two(channels), 64)
     if block > _WHOLE_ROW:
         block = _WHOLE_ROW // 4
     _quantize_kernel[(tokens,)](
@@ -180,7 +180,7 @@ def _launch(
         CODE_MAX=limit,
         GROUP=group_size or 0,
         BLOCK=block,
-        BLOCKS=triton.cdiv(channels, block),
+        BLOCKS=ceil_div(channels, block),
         enable_fp_fusion=False,
         num_warps=min(max(block // 1024, 1), 16),
     )
