@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["COMPILED", "processors", "tl", "triton"]
+__all__ = ["COMPILED", "ceil_div", "next_power_of_two", "processors", "tl", "triton"]
 
 
 class _KernelWithoutTriton:
@@ -67,3 +67,14 @@ Inline PTX and bfloat16 products exist there only.
 def processors(device: torch.device) -> int:
     """Number of multiprocessors of a GPU; 1 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+# Triton's own functions of these names take 1.4 µs on the host.
+def ceil_div(number: int, divisor: int) -> int:
+    """The quotient, rounded up."""
+    return -(-number // divisor)
+
+
+def next_power_of_two(number: int) -> int:
+    """The least power of two that is not below ``number``."""
+    return 1 << (number - 1).bit_length()

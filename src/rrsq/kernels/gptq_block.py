@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from ._triton import ceil_div, next_power_of_two, tl, triton
 from .operation import Constraints, operation
 from .packing import CODE_MAX, CODE_MIN
 
@@ -101,7 +101,7 @@ def _gptq_block_kernel(
 def _launch(block: Tensor, steps: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     channels, rows = block.shape
     codes, errors = torch.empty_like(block), torch.empty_like(block)
-    _gptq_block_kernel[(triton.cdiv(rows, _BLOCK_ROWS),)](
+    _gptq_block_kernel[(ceil_div(rows, _BLOCK_ROWS),)](
         block.contiguous(),
         steps.contiguous(),
         upper,
@@ -110,7 +110,7 @@ def _launch(block: Tensor, steps: Tensor, upper: Tensor) -> tuple[Tensor, Tensor
         rows,
         channels,
         upper.stride(0),
-        CHANNELS=max(16, triton.next_power_of_2(channels)),
+        CHANNELS=max(16, next_power_of_two(channels)),
         BLOCK_ROWS=_BLOCK_ROWS,
     )
     return codes, errors

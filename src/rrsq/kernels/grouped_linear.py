@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import COMPILED, tl, triton
+from ._triton import COMPILED, ceil_div, tl, triton
 from .gemv import ROWS, multiply_rows
 from .linear_group_scaled import linear_group_scaled
 from .linear_int8 import FLOATING, linear_int8
@@ -631,7 +631,7 @@ def launch_integer(
     group_size = 0 if multiplier is None else in_features // multiplier.shape[2]
     half = pack_block(in_features) // 2
     if isinstance(plan, GemvPlan):
-        _grouped_gemv_kernel[(triton.cdiv(out_features, ROWS), out.shape[0])](
+        _grouped_gemv_kernel[(ceil_div(out_features, ROWS), out.shape[0])](
             operand.view(torch.int32),
             scale,
             routing.experts,
@@ -652,7 +652,7 @@ def launch_integer(
         )
         return
     blocks = routing.blocks.shape[0]
-    tiles_out = triton.cdiv(out_features, plan.block_out)
+    tiles_out = ceil_div(out_features, plan.block_out)
     split, partial, meeting = split_sums(plan, blocks * tiles_out, packed.shape[2], torch.int32, scale)
     _grouped_gemm_kernel[(blocks, tiles_out, split)](
         operand,
@@ -705,7 +705,7 @@ def launch_float(
     in_features = operand.shape[1]
     is_sorted = routing.block_rows > 1
     blocks = routing.blocks.shape[0] if is_sorted else out.shape[0]
-    tiles_out = triton.cdiv(out_features, plan.block_out)
+    tiles_out = ceil_div(out_features, plan.block_out)
     split, partial, meeting = split_sums(plan, blocks * tiles_out, row_bytes, torch.float32, weight_scale)
     _grouped_float_kernel[(blocks, tiles_out, split)](
         operand,

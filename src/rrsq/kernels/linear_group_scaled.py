@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from ._triton import ceil_div, tl, triton
 from .linear_int8 import FLOATING, int8_matmul
 from .operation import Constraints, operation
 from .packing import unpack, weight_operand, weight_sizes
@@ -171,7 +171,7 @@ def _launch(
     block_tokens, block_out, warps = (
         (128, 128, 8) if tokens > 64 else (64, 64, 4) if tokens > 16 else (16, 64, 4)
     )
-    _group_scaled_kernel[(triton.cdiv(tokens, block_tokens), triton.cdiv(out_features, block_out))](
+    _group_scaled_kernel[(ceil_div(tokens, block_tokens), ceil_div(out_features, block_out))](
         codes.contiguous(),
         scale,
         group_scale.contiguous(),

@@ -17,7 +17,7 @@ nothing ran before the capture, the graph clears its own.
 import torch
 from torch import Tensor
 
-from ._triton import COMPILED, tl, triton
+from ._triton import COMPILED, ceil_div, tl, triton
 from .packing import (
     group_size_of,
     pack_block,
@@ -344,11 +344,15 @@ def packed_gemm(
     multiplier: Tensor | None,
     bias: Tensor | None,
     out: Tensor,
+    unpacked: Tensor | None = None,
 ) -> None:
-    """Compute ``out`` ``[tokens, out_features]`` of :func:`rrsq.kernels.linear_int8`."""
+    """Compute ``out`` ``[tokens, out_features]`` of :func:`rrsq.kernels.linear_int8`.
+
+    ``unpacked`` is not read.
+    """
     tokens, in_features = operand.shape
     out_features, row_bytes = packed.shape
-    tiles_token, tiles_out = triton.cdiv(tokens, plan.block_tokens), triton.cdiv(out_features, plan.block_out)
+    tiles_token, tiles_out = ceil_div(tokens, plan.block_tokens), ceil_div(out_features, plan.block_out)
     split, partial, meeting = split_sums(plan, tiles_token * tiles_out, row_bytes, torch.int32, scale)
     _packed_gemm_kernel[(tiles_token, tiles_out, split)](
         operand,

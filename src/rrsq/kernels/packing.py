@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from ._triton import ceil_div, tl, triton
 from .operation import Constraints, operation
 
 __all__ = [
@@ -334,7 +334,7 @@ def unpack(packed: Tensor, multiplier: Tensor | None) -> Tensor:
     if supports_words(in_features, group_size):
         words = chunk_words(group_size)
         rows, chunks = 4, 256 // words
-        grid = (triton.cdiv(out_features, rows), triton.cdiv(in_features // 8, chunks * words))
+        grid = (ceil_div(out_features, rows), ceil_div(in_features // 8, chunks * words))
         unpack_words_kernel[grid](
             packed.view(torch.int32),
             packed if multiplier is None else multiplier,
@@ -362,7 +362,7 @@ def dequantize(packed: Tensor, multiplier: Tensor | None, weight_scale: Tensor, 
 
 def _unpack_any(packed: Tensor, multiplier: Tensor | None, weight_scale: Tensor | None, out: Tensor) -> None:
     rows, row_bytes = packed.shape
-    grid = (rows, triton.cdiv(row_bytes, 1024))
+    grid = (rows, ceil_div(row_bytes, 1024))
     unpack_kernel[grid](
         packed,
         packed if multiplier is None else multiplier,

@@ -9,7 +9,7 @@ quantization and comes back inside the product (arXiv 2409.20361, sections 3 and
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from ._triton import next_power_of_two, tl, triton
 from .codes import TINY, code_max, code_scale, largest_magnitude, round_to_code, scale_of
 from .operation import operation
 from .quantize_tokens import quantize_tokens
@@ -239,7 +239,7 @@ def _launch(
         return codes, scale, group_scale
     order = x if channel_order is None else channel_order
     limit = code_max(bits)
-    padded_groups = triton.next_power_of_2(groups)
+    padded_groups = next_power_of_two(groups)
     warps = min(max(padded_groups * group_size // 1024, 1), 16)
     normalize = statistic == "token_normalized_max"
     if scope != "token":
