@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._triton import COMPILED, tl, triton
+from ._triton import COMPILED, ceil_div, tl, triton
 from .packing import chunk_words, group_size_of, pack_block
 from .plans import GemvPlan
 
@@ -217,7 +217,7 @@ def prepared_gemv(
     """A function of ``operand`` and ``scale`` (and ``out``, if it is there) to ``out``, for one weight."""
     out_features, in_features = packed.shape[0], 2 * packed.shape[1]
     group_size = group_size_of(in_features, multiplier)
-    kernel = _gemv_kernel[(triton.cdiv(out_features, ROWS),)]
+    kernel = _gemv_kernel[(ceil_div(out_features, ROWS),)]
     words, device = packed.view(torch.int32), packed.device
     multipliers = packed if multiplier is None else multiplier
     biases, has_bias = (weight_scale, False) if bias is None else (bias, True)

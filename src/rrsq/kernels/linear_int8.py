@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from ._triton import ceil_div, tl, triton
 from .gemv import gemv, prepared_gemv
 from .operation import Constraints, operation
 from .packed_gemm import packed_gemm
@@ -323,7 +323,7 @@ def _int8_gemm(
     """``out = scale ⊗ weight_scale ⊙ (operand @ weight.T) + bias`` of int8 operand and weight."""
     tokens, in_features = operand.shape
     out_features = weight.shape[0]
-    tiles = triton.cdiv(tokens, plan.block_tokens) * triton.cdiv(out_features, plan.block_out)
+    tiles = ceil_div(tokens, plan.block_tokens) * ceil_div(out_features, plan.block_out)
     bias_argument = weight_scale if bias is None else bias
     if plan.descriptors and _describable(operand, weight, out):
         from triton.tools.tensor_descriptor import TensorDescriptor

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from ._triton import ceil_div, next_power_of_two, tl, triton
 from .codes import (
     MULTIPLIER_MAX,
     code_max,
@@ -166,12 +166,12 @@ def _prepare(
             return _launch(x, bits, group_size, clip, base, hadamard_block, hadamard_inner)
 
         return rotate
-    block = max(triton.next_power_of_2(channels), 64)
+    block = max(next_power_of_two(channels), 64)
     if block > _WHOLE_ROW:
         block = _WHOLE_ROW // 4
     kernel = _quantize_kernel[(tokens,)]
     code_factor, group = clip / limit, group_size or 0
-    blocks, warps = triton.cdiv(channels, block), min(max(block // 1024, 1), 16)
+    blocks, warps = ceil_div(channels, block), min(max(block // 1024, 1), 16)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.contiguous()
