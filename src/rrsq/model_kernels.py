@@ -214,6 +214,9 @@ def _preparation(
     facts: dict[str, Any] = {"x": dtype, "channels": scheme.channels}
     if scheme.group_size is not None:
         facts["group_size"] = scheme.group_size
+    if scheme.signed:
+        facts["hadamard_block"] = 1 if rotation is None else rotation.plan.block
+        return _step(kernels.quantize_signed, target, facts)
     if rotation is not None and not scheme.simulated:
         facts.update(_rotation_facts(rotation, scheme.channels))
     integers = scheme.group_size is None or scheme.scales == "integer"

@@ -53,12 +53,35 @@ class Rotation(_Part):
         default=True, description="the head index of o_proj's input, online, where the order exists"
     )
     intermediate: bool = Field(default=True, description="R4: down_proj's input, online")
+    blocks: int | None = Field(
+        default=None,
+        description="rotate every input online in blocks of so many neighbouring channels (1, 2, ... 64; at"
+        " most what divides it), in place of residual, across_heads and intermediate",
+    )
+    balance: bool = Field(
+        default=False, description="channels behind norms are balanced with the weights that read them"
+    )
     shards: int = Field(
         default=1,
         ge=1,
         le=LARGEST,
         description="R4 is block-diagonal over this many tensor-parallel shards",
     )
+
+    @field_validator("blocks")
+    @classmethod
+    def _power_of_two(cls, blocks: int | None) -> int | None:
+        if blocks is not None and blocks not in (1, 2, 4, 8, 16, 32, 64):
+            raise ValueError("must be 1, 2, 4, 8, 16, 32 or 64")
+        return blocks
+
+    @model_validator(mode="after")
+    def _in_blocks_or_whole(self) -> Rotation:
+        if self.blocks is not None and (self.residual or self.across_heads or self.intermediate):
+            raise ValueError("blocks needs residual: false, across_heads: false and intermediate: false")
+        if self.balance and self.blocks is None:
+            raise ValueError("balance needs blocks")
+        return self
 
 
 class Weights(_Part):
@@ -126,10 +149,19 @@ class Activations(_Part):
     clip: float = Field(
         default=1.0, gt=0, le=1, description="fraction of the largest magnitude that the top code stands for"
     )
+    signed: bool = Field(
+        default=False,
+        description="sixteen levels with a signed multiplier of least error a group; rotates in blocks in the"
+        " same pass",
+    )
     smoothing: Smoothing | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Activations:
+        if self.signed and (self.bits == 16 or self.clip != 1):
+            raise ValueError("signed needs bits of 4 or 8 and clip: 1")
+        if self.signed and self.smoothing is not None and self.smoothing.scales != "integer":
+            raise ValueError("signed needs smoothing.scales: integer")
         if self.smoothing is not None and self.bits == 16:
             raise ValueError("smoothing needs activations.bits of 4 or 8")
         if self.smoothing is not None and self.smoothing.scales == "integer" and self.bits != 4:
@@ -215,6 +247,10 @@ class Recipe(_Part):
     def _consistent(self) -> Recipe:
         if self.weights.bits == 16 and (self.activations.bits != 16 or self.rotation is not None):
             raise ValueError("weights.bits: 16 needs activations.bits: 16 and rotation: null")
+        blocks = None if self.rotation is None else self.rotation.blocks
+        for activations in (self.activations, *(o.activations for o in self.overrides if o.activations)):
+            if activations.bits != 16 and activations.signed != (blocks is not None):
+                raise ValueError("activations.signed and rotation.blocks need each other")
         for override in self.overrides:
             weights, activations = override.weights or self.weights, override.activations or self.activations
             if weights.bits == 16 and activations.bits != 16:

@@ -12,6 +12,7 @@ from .linear_int8 import linear_int8
 from .linear_w4a16 import linear_w4a16
 from .operation import forced_backend, use_kernels
 from .packing import pack_int4, unpack_int4, weight_operand
+from .quantize_signed import quantize_signed
 from .quantize_smoothed import quantize_smoothed, tokens_per_set
 from .quantize_tokens import quantize_tokens
 from .rotation import hadamard_transform
@@ -28,6 +29,7 @@ __all__ = [
     "linear_int8",
     "linear_w4a16",
     "pack_int4",
+    "quantize_signed",
     "quantize_smoothed",
     "quantize_tokens",
     "route_rows",

@@ -31,6 +31,7 @@ __all__ = [
     "RotationShape",
     "RotationSplit",
     "hadamard_transform",
+    "half_range",
     "launch_rotation",
     "launch_transform",
     "rotate_reproducibly",
@@ -38,6 +39,7 @@ __all__ = [
     "rotation_sizes",
     "split_rotation",
     "sylvester",
+    "to_half_range",
 ]
 
 LARGEST_FACTOR = 256
@@ -190,17 +192,17 @@ def rotate_reproducibly(x: Tensor, base: Tensor, block: int, inner: int) -> Tens
     tokens, channels = x.shape
     split = split_rotation(channels, base.shape[0], block, inner)
     mixing = _dense_factor(base, split)
-    down, up = _half_range(x.float().abs().amax(1).view(tokens, 1, 1, 1))
+    down, up = half_range(x.float().abs().amax(1).view(tokens, 1, 1, 1))
     y = x.float().view(tokens, -1, mixing.shape[0], split.fast)
     y = torch.matmul(mixing.t(), (y * down).half().float())
     if split.mix_fast:
-        down, row_up = _half_range(y.abs().amax(-1, keepdim=True))
+        down, row_up = half_range(y.abs().amax(-1, keepdim=True))
         y = torch.matmul((y * down).half().float(), sylvester(split.fast, torch.float32, y.device))
         up = up * row_up
     return (y * (up * (1.0 / math.sqrt(block)))).view(tokens, channels)
 
 
-def _half_range(largest: Tensor) -> tuple[Tensor, Tensor]:
+def half_range(largest: Tensor) -> tuple[Tensor, Tensor]:
     """Powers of two that take ``largest`` (float32 >= 0) into [2^-9, 2^-8), and back."""
     exponent = largest.contiguous().view(torch.int32) & _EXPONENT_BITS
     exponent = exponent.clamp(_SMALLEST_EXPONENT, _LARGEST_EXPONENT)
@@ -323,7 +325,7 @@ def _dot(a, b, accumulator, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _to_half_range(largest):
+def to_half_range(largest):
     """Powers of two that take ``largest`` (float32 >= 0) into [2^-9, 2^-8), and back."""
     exponent = largest.to(tl.int32, bitcast=True) & _BITS_OF_EXPONENT
     exponent = tl.minimum(tl.maximum(exponent, _LEAST_EXPONENT), _GREATEST_EXPONENT)
@@ -391,7 +393,7 @@ def _rotation_kernel(
             if EXACT:
                 y = _dot(dense, x, y, EXACT)
             else:
-                down, up = _to_half_range(tl.max(tl.max(tl.abs(x), 1), 0))
+                down, up = to_half_range(tl.max(tl.max(tl.abs(x), 1), 0))
                 y = _dot(dense, (x * down).to(tl.float16), y, EXACT)
         else:
             largest = tl.zeros([DENSE_STEP], tl.float32)
@@ -399,7 +401,7 @@ def _rotation_kernel(
                 for first in tl.range(0, DENSE, DENSE_STEP, num_stages=STAGES):
                     x = _load_rows(x_pointer + start, first + step_row, column, DENSE, FAST)
                     largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
-            down, up = _to_half_range(tl.max(largest, 0))
+            down, up = to_half_range(tl.max(largest, 0))
             for first in tl.range(0, DENSE, DENSE_STEP, num_stages=STAGES):
                 in_row = first + step_row
                 part = tl.load(dense_pointer + row[:, None] * DENSE_PADDED + in_row[None, :])
@@ -413,7 +415,7 @@ def _rotation_kernel(
             if EXACT:
                 y = _dot(y, fast, mixed, EXACT) * normalization
             else:
-                row_down, row_up = _to_half_range(tl.max(tl.abs(y), 1))
+                row_down, row_up = to_half_range(tl.max(tl.abs(y), 1))
                 mixed = _dot((y * row_down[:, None]).to(tl.float16), fast, mixed, EXACT)
                 y = mixed * (up * row_up * normalization)[:, None]
         elif EXACT:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -130,7 +130,7 @@ class StoredStatistics:
         self.stored = stored
         self.recipe = recipe
         self.family = family
-        self.rotations = rotations
+        self.rotations = replace(rotations, blocks=None)  # Those come when all is known of a layer.
         self.device = device
 
     def of_layer(

@@ -33,6 +33,7 @@ from .calibration.workers import ALONE, Workers
 from .checks import check_result, check_rope, check_stored
 from .dense import quantize_input
 from .experts import HESSIAN_BYTES, quantize_experts
+from .fold.blocks import rotate_in_blocks
 from .fold.rotations import fold_embedding, fold_head, fold_layer, untie_head
 from .head import quantize_head
 from .memory import PeakMemory
@@ -267,8 +268,13 @@ def _quantize_layer(
     step("read")
     rotary = key_rotary(plan.model, family, index)
     known = activations.of_layer(index, layer, inputs, rotary, step)
+    statistics = known.statistics
+    if recipe.rotation is not None and plan.rotations.blocks is not None:
+        statistics = rotate_in_blocks(
+            layer, family, plan.rotations, statistics, known.routed, balance=recipe.rotation.balance
+        )
     if recipe.kv_cache is not None:
-        means, hidden = known.statistics.means, activations.hidden
+        means, hidden = statistics.means, activations.hidden
         report.cache_error = quantize_cache(
             layer, family, recipe.kv_cache, plan.sizes, rotary, means, hidden, device
         )
@@ -276,7 +282,7 @@ def _quantize_layer(
         if not entry.experts:
             how = treatment(recipe, name, entry)
             # Not kept here: there is room for one Hessian on a GPU.
-            summaries = known.statistics.inputs
+            summaries = statistics.inputs
             done = quantize_input(
                 layer, index, entry, how, plan.rotations, summaries.pop(entry.path, None), device
             )

@@ -137,7 +137,7 @@ def input_scheme(activations: Activations, entry: LinearInput, channels: int) ->
     """How one linear input of this many channels becomes integers."""
     smoothing = activations.smoothing
     if smoothing is None or entry.name not in smoothing.inputs:
-        return InputScheme(channels, activations.bits, activations.clip)
+        return InputScheme(channels, activations.bits, activations.clip, signed=activations.signed)
     return InputScheme(
         channels,
         activations.bits,
@@ -147,6 +147,7 @@ def input_scheme(activations: Activations, entry: LinearInput, channels: int) ->
         statistic=smoothing.statistic,
         scales=smoothing.scales,
         channel_order=smoothing.channel_order,
+        signed=activations.signed,
     )
 
 

@@ -45,6 +45,11 @@ class SymmetricSum:
             own = rows[:, part.shape[1] - part.shape[0] : part.shape[1]]
             part.addmm_(own.t(), rows[:, : part.shape[1]])
 
+    def diagonal(self) -> Tensor:
+        """``Σ x²``, float32 ``[channels]``."""
+        parts = [part[:, part.shape[1] - part.shape[0] :].diagonal() for part in self.parts]
+        return torch.cat(parts)
+
     def matrix(self) -> Tensor:
         """The whole sum, float32 ``[channels, channels]``."""
         channels = self.parts[-1].shape[1]

@@ -69,8 +69,9 @@ def fold_layer(layer: nn.Module, family: ModelFamily, rotations: Rotations, size
         _fold_residual(layer, family, rotations, rotations.residual.apply)
     if rotations.head is not None:
         _fold_head_dim(layer, family, rotations.head.apply, sizes)
-    for entry in family.inputs_in(layer):
-        rotate_input_online(layer, entry, rotations)
+    if rotations.blocks is None:  # Blocks come later: see .blocks.
+        for entry in family.inputs_in(layer):
+            rotate_input_online(layer, entry, rotations)
 
 
 def rotate_model(model: nn.Module, family: ModelFamily, rotations: Rotations, sizes: ModelSizes) -> nn.Module:
@@ -81,6 +82,9 @@ def rotate_model(model: nn.Module, family: ModelFamily, rotations: Rotations, si
     for layer in _module(model, family.layers):
         open_experts(layer, family)
         fold_layer(layer, family, rotations, sizes)
+        if rotations.blocks is not None:
+            for entry in family.inputs_in(layer):
+                rotate_input_online(layer, entry, rotations)
     fold_head(model, family, rotations)
     return model
 

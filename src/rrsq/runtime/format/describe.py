@@ -85,7 +85,9 @@ def describe_rotation(info: CheckpointInfo) -> str:
     return "; ".join(parts) or "none"
 
 
-def _plans(plans: PlanInfo | tuple[PlanInfo, ...]) -> str:
+def _plans(plans: PlanInfo | tuple[PlanInfo, ...] | int) -> str:
+    if isinstance(plans, int):
+        return f"every input, {plans} channels each"
     return " and ".join(
         str(plan.size) if plan.block == plan.size else f"{plan.size}, blocks of {plan.block}"
         for plan in (plans if isinstance(plans, tuple) else (plans,))
@@ -188,6 +190,8 @@ def _activations(activations: Activations) -> str:
     smoothing = activations.smoothing
     if smoothing is None:
         return f"INT{activations.bits}, one scale a token"
+    if activations.signed:
+        return f"INT{activations.bits}, signed levels, groups of up to {smoothing.group_size} a token"
     scales = "integer multipliers" if smoothing.scales == "integer" else "real scales"
     return (
         f"INT{activations.bits}, runtime smoothing of {smoothing.scope} scope, groups of up to"

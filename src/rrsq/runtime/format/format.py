@@ -57,6 +57,7 @@ class RotationInfo(_Part):
     across_heads: PlanInfo | None = None
     intermediate: PlanInfo | None = None
     more_intermediate: tuple[PlanInfo, ...] | None = None
+    blocks: Literal[1, 2, 4, 8, 16, 32, 64] | None = None
 
     def check(self) -> None:
         """Refuse plans of which no matrix can be made.
@@ -66,7 +67,7 @@ class RotationInfo(_Part):
         """
         for _, plans in self:
             for plan in plans if isinstance(plans, tuple) else (plans,):
-                if plan is not None:
+                if isinstance(plan, PlanInfo):
                     plan.plan()
 
     def rotations(self) -> Rotations:
@@ -86,6 +87,7 @@ class RotationInfo(_Part):
             across_heads=plan(self.across_heads),
             intermediate=plan(self.intermediate),
             more_intermediate=tuple(info.plan() for info in self.more_intermediate or ()),
+            blocks=self.blocks,
         )
 
 

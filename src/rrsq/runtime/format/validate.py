@@ -84,9 +84,9 @@ def _check_rotations(info: CheckpointInfo, family: ModelFamily, sizes: ModelSize
 
 
 def _plan_sizes(plans: Any) -> Any:
-    """The size of a plan, those of several, or None."""
-    if plans is None:
-        return None
+    """The size of a plan, those of several, or None; a size is itself."""
+    if plans is None or isinstance(plans, int):
+        return plans
     return plans["size"] if isinstance(plans, Mapping) else [plan["size"] for plan in plans]
 
 

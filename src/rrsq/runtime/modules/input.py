@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class InputScheme:
         scope, statistic: see :class:`rrsq.recipe.Smoothing`.
         scales: of smoothing: ``integer``, multipliers inside the int8 operand, or ``real``.
         channel_order: ``none``, ``calibrated`` or ``per_call``.
+        signed: by :func:`rrsq.kernels.quantize_signed`, which rotates in blocks.
     """
 
     channels: int
@@ -46,6 +47,7 @@ class InputScheme:
     statistic: str = "max"
     scales: str = "real"
     channel_order: str = "none"
+    signed: bool = False
 
     def __post_init__(self) -> None:
         if self.group_size is not None:
@@ -188,10 +190,8 @@ class InputQuantizer(nn.Module):
         scheme = self.scheme
         if scheme.bits == 16 or not (scheme.group_size is None or scheme.scales == "integer"):
             return None
-        rotation = self._rotation_arguments(rows.device)
-        quantize = kernels.quantize_tokens.prepare(
-            rows, scheme.bits, scheme.group_size, scheme.clip, *rotation
-        )
+        operation, arguments = self._operation(rows.device)
+        quantize = operation.prepare(rows, *arguments)
         multiply = kernels.linear_int8.prepare(
             *quantize(rows),
             weight.packed,
@@ -214,11 +214,17 @@ class InputQuantizer(nn.Module):
         )
 
     def _quantize_tokens(self, rows: Tensor) -> Int8Input:
+        operation, arguments = self._operation(rows.device)
+        return Int8Input(*operation(rows, *arguments))
+
+    def _operation(self, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
+        """What makes an int8 operand and a scale a token, and its arguments beside the tokens."""
         scheme = self.scheme
-        rotation = self._rotation_arguments(rows.device)
-        return Int8Input(
-            *kernels.quantize_tokens(rows, scheme.bits, scheme.group_size, scheme.clip, *rotation)
-        )
+        if scheme.signed:
+            block = 1 if self.rotation is None else self.rotation.plan.block
+            return kernels.quantize_signed, (scheme.bits, scheme.group_size, block)
+        rotation = self._rotation_arguments(device)
+        return kernels.quantize_tokens, (scheme.bits, scheme.group_size, scheme.clip, *rotation)
 
     def undo(self, grad: Tensor) -> Tensor:
         """Gradients ``[..., channels]`` at what the linears multiply as gradients at the input itself."""

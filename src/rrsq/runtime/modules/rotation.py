@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -104,6 +105,9 @@ def rotated_input(linear: nn.Module, x: Tensor) -> Tensor:
 
 def online_rotation(entry: LinearInput, rotations: Rotations, channels: int) -> OnlineHadamard | None:
     """The online rotation of an input of this many channels, or None."""
+    if rotations.blocks is not None:
+        block = math.gcd(rotations.blocks, channels)
+        return OnlineHadamard(HadamardPlan(channels, block, 1)) if block > 1 else None
     plans = {"o": rotations.across_heads, "down": rotations.intermediate_of(channels)}
     plan = plans.get(entry.name, rotations.residual_online)
     return None if plan is None else OnlineHadamard(plan, inner=channels // plan.size)

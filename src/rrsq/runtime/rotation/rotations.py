@@ -44,6 +44,7 @@ class Rotations:
         across_heads: the head index of o_proj's input, online.
         intermediate: R4, down_proj's input, online.
         more_intermediate: R4 for MLPs of other sizes in the same model.
+        blocks: in place of all but ``head``: every input online, in blocks of so many channels.
     """
 
     residual: RandomizedHadamard | None = None
@@ -52,6 +53,7 @@ class Rotations:
     across_heads: HadamardPlan | None = None
     intermediate: HadamardPlan | None = None
     more_intermediate: tuple[HadamardPlan, ...] = ()
+    blocks: int | None = None
 
     def intermediate_of(self, size: int) -> HadamardPlan | None:
         """R4 for an MLP of ``size`` channels, or None."""
@@ -71,6 +73,7 @@ class Rotations:
             "across_heads": plan(self.across_heads),
             "intermediate": plan(self.intermediate),
             "more_intermediate": [plan(p) for p in self.more_intermediate] or None,
+            "blocks": self.blocks,
         }
 
 
@@ -111,4 +114,5 @@ def make_rotations(
         across_heads=plan_hadamard(sizes.heads) if across else None,
         intermediate=r4.pop(sizes.intermediate, None),
         more_intermediate=tuple(r4.values()),
+        blocks=recipe.blocks,
     )
