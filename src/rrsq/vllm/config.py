@@ -95,6 +95,15 @@ class RRSQConfig(QuantizationConfig):
         self.places = Places(self.family, self.info.recipe)
         hf_config.architectures = [served_architecture(self.family.architecture)]
 
+    @property
+    def fused_linears(self) -> dict[str, list[str]]:
+        """The linears of a checkpoint that one of vLLM's is made of, by its name.
+
+        What models of vLLM say of it is not always complete; then it is what all of them do.
+        """
+        usual = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+        return {**usual, **self.packed_modules_mapping}
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Take over how vLLM's model names what a checkpoint has."""
         self.places.rename(hf_to_vllm_mapper)
@@ -102,7 +111,7 @@ class RRSQConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer of vLLM's model is quantized; None for vLLM's own way."""
         if isinstance(layer, LinearBase):
-            place = self.places.linear(prefix, self.packed_modules_mapping)
+            place = self.places.linear(prefix, self.fused_linears)
             if place is None or not any(place.quantized):
                 return UnquantizedLinearMethod()
             return RRSQLinearMethod(place, self.rotations)

@@ -117,8 +117,8 @@ class _Target:
         self.model = model
         self.places: Places = config.places
         self.rotations: Rotations = config.rotations
-        self.fused = {part: name for name, parts in config.packed_modules_mapping.items() for part in parts}
-        self.parts = config.packed_modules_mapping
+        self.parts = config.fused_linears
+        self.fused = {part: name for name, parts in self.parts.items() for part in parts if part != name}
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.filled: set[tuple[str, str | int | None]] = set()
 
@@ -138,6 +138,8 @@ class _Target:
         family = self.places.family
         if name.startswith("rotation_signs."):  # For whoever wants to undo them: they are folded.
             return True
+        if name.endswith(".weight") and tensor.dtype == torch.uint8:
+            return True  # It stops a loader that does not know the format.
         inside = name.removeprefix(f"{family.layers}.")
         if inside == name:
             place = next((p for p in family.places if name.startswith(f"{p}.")), None)
@@ -151,18 +153,15 @@ class _Target:
 
     def _load_layer(self, index: str, path: str, tensor: Tensor) -> None:
         """Load a tensor of a decoder layer; ``path`` is its name there."""
-        family = self.places.family
-        for entry in family.inputs:
+        for entry in self.places.family.inputs:
             for linear in entry.linear_paths:
-                for rotated in (f"{linear}.linear.", f"{linear}.linear"):
-                    if path.startswith(rotated) and path.endswith("weight"):
+                if path.startswith(f"{linear}.linear."):  # In 16 bits, behind an online rotation.
+                    path = path.replace(f"{linear}.linear.", f"{linear}.")
+                    if path.endswith(".weight"):
                         tensor = _unrotated(tensor, entry, self.rotations)
-                        path = path.replace(".linear", "", 1)
             if path == f"{entry.parent}.{entry.quantizer_name}.channel_order".lstrip("."):
                 kind = "input" if entry.experts else "input_quantizer"
                 path = f"{entry.linear_paths[0]}.{kind}.channel_order"
-        if path.endswith(".weight") and tensor.dtype == torch.uint8:
-            return  # What stops a loader that does not know the format.
         path = f"{self.places.layers}.{index}.{self.places.in_vllm(path)}"
         for parent, runner in ((p, m) for p, m in self._ancestors(path) if isinstance(m, MoERunner)):
             found = load_experts(runner.routed_experts, path.removeprefix(f"{parent}."), tensor)
@@ -184,8 +183,8 @@ class _Target:
         *parents, leaf = path.split(".")
         for depth, linear in enumerate(parents):
             fused = ".".join((*parents[:depth], self.fused.get(linear, linear)))
-            if linear in self.fused and fused in self.modules and self.fused[linear] != linear:
-                place = list(self.parts[self.fused[linear]]).index(linear)
+            if linear in self.fused and fused in self.modules:
+                place = self.parts[self.fused[linear]].index(linear)
                 shard = _QKV[place] if isinstance(self.modules[fused], QKVParallelLinear) else place
                 parents[depth] = self.fused[linear]
         path = ".".join((*parents, leaf))
@@ -193,8 +192,14 @@ class _Target:
         parameter = getattr(module, leaf, None)
         if not isinstance(parameter, Tensor):
             raise CheckpointError("it has no place for it: vLLM does not implement this feature of the model")
-        load = getattr(parameter, "weight_loader", default_weight_loader)
-        load(parameter, tensor) if shard is None else load(parameter, tensor, shard)
+        load = getattr(parameter, "weight_loader", None)
+        if load is None:
+            default_weight_loader(parameter, tensor)
+            shard = None
+        elif shard is None:
+            load(parameter, tensor)
+        else:
+            load(parameter, tensor, shard)
         self.filled.add((path, shard))
 
     def check_complete(self) -> None:
