@@ -1,8 +1,9 @@
 """Serving checkpoints with vLLM (https://docs.vllm.ai): the plugin that teaches it the format.
 
 vLLM finds :func:`register` by the entry point ``vllm.general_plugins`` in each of its processes, so that
-``vllm serve out/`` and ``LLM("out/")`` need neither ``import rrsq`` nor ``--quantization``. Importing this package does
-not import vLLM, nor does :mod:`.limits`, which says what can be served; the other modules do.
+``vllm serve out/`` and ``LLM("out/")`` need neither ``import rrsq`` nor ``--quantization``. Importing this
+package does not import vLLM, nor do :mod:`.limits`, which says what can be served, and :mod:`.places`; the
+other modules do.
 """
 
 from __future__ import annotations

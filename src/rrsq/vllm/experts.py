@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RRSQExpertsMethod", "load_experts"]
 
-_ACTIVATIONS = {"silu": nn.functional.silu, "gelu": nn.functional.gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": nn.functional.silu, "gelu": nn.functional.gelu}
 
 
 class RRSQExpertsMethod(FusedMoEMethodBase):
@@ -48,8 +49,8 @@ class RRSQExpertsMethod(FusedMoEMethodBase):
         """
         if num_experts != extra_weight_attrs["global_num_experts"]:
             raise UsageError(
-                "Experts in 4 bits cannot be spread over processes as wholes. Leave out --enable-expert-parallel:"
-                " with --tensor-parallel-size each process gets a part of every expert."
+                "Experts in 4 bits cannot be spread over processes as wholes. Leave out"
+                " --enable-expert-parallel: tensor parallelism gives each process a part of every expert."
             )
         channels = intermediate_size_per_partition
         whole = channels * self.moe.moe_parallel_config.tp_size
@@ -99,7 +100,7 @@ class RRSQExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any = None,
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
-        """``[tokens, hidden]`` to the experts' weighted sum ``[tokens, hidden]``; shared ones are vLLM's to run."""
+        """``[tokens, hidden]`` to the experts' weighted sum of that shape. Shared ones are vLLM's to run."""
         return layer.quantized(x, topk_ids, topk_weights)
 
 

@@ -56,7 +56,7 @@ class HeadMethod(QuantizeMethodBase):
             if parameter is not None:
                 set_weight_attrs(parameter, {"output_dim": 0, "weight_loader": load})
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse a head that was not loaded.
 
         Raises:

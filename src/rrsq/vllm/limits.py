@@ -53,9 +53,8 @@ def check_experts(layer: str, how: dict[str, Treatment]) -> None:
     """
     if len({bool(treated.linears) for treated in how.values()}) > 1:
         raise UsageError(
-            f"The experts of '{layer}' are quantized in part: {', '.join(n for n, t in how.items() if t.linears)} is"
-            " in 4 bits, and the rest in 16. vLLM runs all linears of an expert in one call: quantize both or"
-            " neither (modules_to_not_convert=['*.experts.*'])."
+            f"Of the experts of '{layer}' some linears are in 4 bits and some in 16; vLLM runs them in one"
+            " call. Quantize all of them or none (modules_to_not_convert=['*.experts.*'])."
         )
 
 
@@ -65,14 +64,15 @@ def _check_smoothing(activations: Activations) -> None:
         return
     if smoothing.scope != "token":
         raise UsageError(
-            f"This checkpoint's activations share their scales over a {smoothing.scope} (activations.smoothing.scope):"
-            " in a server, what other requests say would change a text. Quantize with scope: token, as the"
-            " recipe rrs-w4a4kv4 does."
+            f"The activations of this checkpoint share scales over a {smoothing.scope}"
+            " (activations.smoothing.scope): in a server, other requests would change a text. Quantize the"
+            " model again with scope: token, as the recipe rrs-w4a4kv4 does."
         )
     if smoothing.channel_order == "per_call":
         raise UsageError(
-            "This checkpoint sorts channels anew in each call (activations.smoothing.channel_order: per_call), which is"
-            " simulated only and cannot be served. Quantize with channel_order: none."
+            "This checkpoint sorts channels anew in each call (activations.smoothing.channel_order:"
+            " per_call), which is only simulated, and by all tokens of the call. Quantize the model again"
+            " with channel_order: none."
         )
 
 
@@ -104,11 +104,10 @@ def shard_rotation(where: str, rotation: OnlineHadamard | None, channels: int) -
         return rotation
     if channels % (plan.block * inner):
         parts = plan.size * inner // channels
-        field = "rotation.across_heads=false" if inner > 1 else f"rotation.shards={parts}"
         raise UsageError(
-            f"The online rotation of '{where}' mixes {plan.block * inner} channels, and {parts} processes have"
-            f" {channels} each: it would cross them. Use a smaller --tensor-parallel-size, or quantize the model"
-            f" again with --set {field}."
+            f"The online rotation of '{where}' mixes {plan.block * inner} channels, of which {parts}"
+            f" processes have {channels} each: it would cross them. Use a smaller --tensor-parallel-size, or"
+            f" quantize the model again with --set rotation.shards={parts}."
         )
     return OnlineHadamard(HadamardPlan(channels // inner, plan.block, plan.base), inner)
 
@@ -123,8 +122,8 @@ def shard_scheme(where: str, scheme: InputScheme, channels: int) -> InputScheme:
         return scheme
     if scheme.stores_order:
         raise UsageError(
-            f"The channels of '{where}' are in a stored order (activations.smoothing.channel_order: calibrated),"
-            " which mixes those of different processes. Use --tensor-parallel-size 1, or quantize with"
-            " channel_order: none."
+            f"The channels of '{where}' are in a stored order (activations.smoothing.channel_order:"
+            " calibrated), which mixes those of different processes. Use --tensor-parallel-size 1, or"
+            " quantize the model again with channel_order: none."
         )
     return InputScheme(**{**vars(scheme), "channels": channels})

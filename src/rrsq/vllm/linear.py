@@ -55,7 +55,7 @@ class RRSQLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -104,7 +104,7 @@ class RRSQLinearMethod(LinearMethodBase):
             if parameter is not None and rows[False]:
                 parameter.rows_before = _rows_before(layer.row_runs, kind=name != "weight")
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Plain parameters, which compiled code takes as they are.
 
         Raises:
@@ -119,7 +119,7 @@ class RRSQLinearMethod(LinearMethodBase):
         if rotation is not None:
             rotation.base(layer.weight_packed.device)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[..., in]`` to ``[..., out]`` in the dtype of ``x``."""
         weight = Weight(layer.weight_packed, layer.weight_scale, layer.weight_multiplier, None, None)
         quantized = layer.input_quantizer(x)

@@ -1,7 +1,7 @@
 """Loading a checkpoint into vLLM's model: every tensor has one place, and every parameter gets its tensors.
 
-vLLM by itself passes over biases that it has no place for, and does not notice tensors that are missing from a
-quantized model. So what is loaded is compared with the model that transformers would load, by names and
+vLLM by itself passes over biases that it has no place for, and does not notice tensors that are missing from
+a quantized model. So what is loaded is compared with the model that transformers would load, by names and
 shapes, and what is filled with the parameters that vLLM has.
 """
 
@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVPar
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
-from ..errors import CheckpointError, RRSQError
+from ..errors import CheckpointError
 from ..models import LinearInput
 from ..runtime.format.integration import assemble_model
 from ..runtime.format.values import check_values
@@ -37,7 +37,11 @@ _QKV = ("q", "k", "v")
 
 
 def load_checkpoint(
-    model: nn.Module, config: RRSQConfig, hf_config: Any, weights: Weights, load_others: Callable[[Weights], set[str]]
+    model: nn.Module,
+    config: RRSQConfig,
+    hf_config: Any,
+    weights: Weights,
+    load_others: Callable[[Weights], set[str]],
 ) -> set[str]:
     """Load all tensors of a checkpoint.
 
@@ -52,8 +56,8 @@ def load_checkpoint(
         Names of the parameters that were filled.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, of another shape or dtype, has no place in vLLM's model or
-            holds values that none can have; or a parameter of vLLM's got none.
+        CheckpointError: a tensor is missing, unknown, of another shape or dtype, has no place in vLLM's
+            model, or holds values that none can have; or a parameter of vLLM's got none.
     """
     target = _Target(model, config)
     others = target.load(_checked(weights, expected_tensors(hf_config, config)))
@@ -65,7 +69,7 @@ def load_checkpoint(
 
 
 def expected_tensors(hf_config: Any, config: RRSQConfig) -> dict[str, Tensor | None]:
-    """What a checkpoint must hold, by name, as meta tensors; None for what it may leave out (tied weights)."""
+    """What a checkpoint must hold, by name, as meta tensors; None for what it may leave out: tied weights."""
     from transformers import AutoModelForCausalLM
 
     plain = copy.deepcopy(hf_config)
@@ -83,8 +87,8 @@ def _checked(weights: Weights, expected: dict[str, Tensor | None]) -> Iterator[t
     for name, tensor in weights:
         if name not in expected:
             raise CheckpointError(
-                f"The checkpoint holds the tensor '{name:.200}', for which its config.json and recipe have no use: it"
-                " belongs to another checkpoint, or was changed."
+                f"The checkpoint holds the tensor '{name:.200}', for which its config.json and recipe have no"
+                " use: it belongs to another checkpoint, or was changed."
             )
         meta = expected[name]
         if meta is None:
@@ -96,7 +100,9 @@ def _checked(weights: Weights, expected: dict[str, Tensor | None]) -> Iterator[t
             )
         same = tensor.is_floating_point() if meta.is_floating_point() else tensor.dtype == meta.dtype
         if not same:
-            raise CheckpointError(f"Tensor '{name}' of the checkpoint has dtype {tensor.dtype}, not {meta.dtype}.")
+            raise CheckpointError(
+                f"Tensor '{name}' of the checkpoint has dtype {tensor.dtype}, not {meta.dtype}."
+            )
         missing.discard(name)
         yield name, tensor
     if missing:
@@ -131,7 +137,9 @@ class _Target:
                     others.append((name, tensor))
             except (CheckpointError, AssertionError, RuntimeError) as error:
                 reason = str(error).rstrip(".") or "its shape does not fit there"
-                raise CheckpointError(f"Tensor '{name}' cannot be loaded into vLLM's model: {reason}.") from error
+                raise CheckpointError(
+                    f"Tensor '{name}' cannot be loaded into vLLM's model: {reason}."
+                ) from error
         return others
 
     def _load(self, name: str, tensor: Tensor) -> bool:
@@ -218,8 +226,8 @@ class _Target:
             filled = set().union(*(found.get(name, set()) for name in names))
             if not filled or (None not in filled and filled != self._shards(names[0])):
                 raise CheckpointError(
-                    f"No tensor of the checkpoint fills the whole of '{names[0]}' in vLLM's model: this version of"
-                    " vLLM may implement the model otherwise than transformers."
+                    f"No tensor of the checkpoint fills the whole of '{names[0]}' in vLLM's model: this"
+                    " version of vLLM may implement the model otherwise than transformers."
                 )
 
     def _shards(self, name: str) -> set[str | int | None]:

@@ -1,8 +1,8 @@
 """vLLM's models as checkpoints need them.
 
-Each family is served by a subclass of vLLM's own model, which is chosen for checkpoints only: it checks what its
-process can hold, loads with :mod:`.loading`, and has what rotation brings about and vLLM's model lacks (a head
-of its own, a norm that does not centre).
+Each family is served by a subclass of vLLM's own model, which is chosen for checkpoints only: it checks what
+its process can hold, loads with :mod:`.loading`, and has what rotation brings about and vLLM's model lacks (a
+head of its own, a norm that does not centre).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .loading import load_checkpoint
 __all__ = ["register_models", "served_architecture"]
 
 _PREFIX = "RRSQ"
+_Model: Any = object  # What comes after these classes is a model of vLLM's.
 
 
 def served_architecture(architecture: str) -> str:
@@ -53,7 +54,7 @@ def _served(name: str, base: Any) -> type[Any]:
     return type(name, (_SPECIAL.get(base.__name__, _Served), base), {"__module__": __name__})
 
 
-class _Served:
+class _Served(_Model):
     """Checks and loads a checkpoint; stands before one of vLLM's models."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -81,7 +82,7 @@ class _OwnHead(_Served):
         if not tied:
             self.lm_head = _head(config.hidden_size, vllm_config, prefix)
 
-    def compute_logits(self: Any, hidden_states: Tensor) -> Tensor | None:
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """``[tokens, hidden]`` to logits."""
         head = self.model.embed_tokens if self._tied else self.lm_head
         return self.logits_processor(head, hidden_states)
@@ -90,7 +91,7 @@ class _OwnHead(_Served):
 class _NoCentring(_Served):
     """OPT: R1 leaves an RMSNorm of each LayerNorm, and gives the output head a bias."""
 
-    def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         quant_config = vllm_config.quant_config
         family, rotations = quant_config.family, quant_config.rotations
@@ -102,7 +103,7 @@ class _NoCentring(_Served):
             replace_layer_norms(layer, family, rotations)
         replace_final_norm(self, family, rotations)
 
-    def compute_logits(self: Any, hidden_states: Tensor) -> Tensor | None:
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """``[tokens, hidden]`` to logits."""
         bias = None if self._tied else self.lm_head.bias
         return self.logits_processor(self.lm_head, hidden_states, bias)

@@ -16,7 +16,15 @@ from vllm.model_executor.parameter import (
 
 from ..kernels.eager.packing import pack_block, pack_int4, unpack_int4
 
-__all__ = ["Multipliers", "Packed", "PartOfWeight", "Scales", "empty_scales", "narrow_groups", "narrow_packed"]
+__all__ = [
+    "Multipliers",
+    "Packed",
+    "PartOfWeight",
+    "Scales",
+    "empty_scales",
+    "narrow_groups",
+    "narrow_packed",
+]
 
 
 def narrow_packed(packed: Tensor, start: int, channels: int) -> Tensor:

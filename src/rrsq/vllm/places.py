@@ -89,7 +89,7 @@ class Places:
     def experts(self, prefix: str) -> dict[str, LinearPlace]:
         """The places of both linears of a mixture's experts by the name of their input; may be empty."""
         layer, path = self._inside(prefix)
-        found = {}
+        found: dict[str, LinearPlace] = {}
         for entry in self._entries(layer):
             if entry.experts and entry.parent == path:
                 how = treatment(self.recipe, layer, entry)
