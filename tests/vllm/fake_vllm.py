@@ -110,6 +110,8 @@ def _replace_kernels() -> None:
     import vllm.model_executor.layers.vocab_parallel_embedding as embedding
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.fused_moe.runner import moe_runner, shared_experts
+    from vllm.model_executor.models import registry
+    from vllm.model_executor.models.transformers.base import Base
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
     Attention.forward = _attention
@@ -119,6 +121,12 @@ def _replace_kernels() -> None:
     # vLLM's op finds the layer by its name, which those of several processes share here.
     moe_runner.MoERunner._select_forward = lambda self: (
         lambda x, logits, shared, ids, name, size: self._forward_impl(x, logits, shared, ids)
+    )
+    # It would change the classes of transformers for the rest of the process.
+    Base._decorate_for_torch_compile = lambda self, **kwargs: None
+    # vLLM looks at each class of models in a process of its own, which takes seconds.
+    registry._LazyRegisteredModel.inspect_model_cls = lambda self: registry._ModelInfo.from_model_cls(
+        self.load_model_cls()
     )
     compiled = embedding.get_masked_input_and_mask
     embedding.get_masked_input_and_mask = getattr(compiled, "__wrapped__", compiled)

@@ -42,7 +42,7 @@ def check_servable(config: Any, info: CheckpointInfo, tensor_parallel_size: int 
             how = treatment(info.recipe, name, entry)
             if how.linears and entry.writes_residual and tensor_parallel_size > 1:
                 for size in channels[entry.name]:
-                    _check_split(f"{name}.{entry.path}", entry, how, rotations, size, tensor_parallel_size)
+                    _check_split(entry, how, rotations, size, tensor_parallel_size)
 
 
 def check_experts(layer: str, how: dict[str, Treatment]) -> None:
@@ -76,11 +76,10 @@ def _check_smoothing(activations: Activations) -> None:
         )
 
 
-def _check_split(
-    where: str, entry: LinearInput, how: Treatment, rotations: Rotations, channels: int, parts: int
-) -> None:
+def _check_split(entry: LinearInput, how: Treatment, rotations: Rotations, channels: int, parts: int) -> None:
     if channels % (2 * parts):
         return  # vLLM says so itself of sizes that cannot be split; of 4-bit codes two share a byte.
+    where = f"{entry.name} ({channels} channels)"
     rotation = online_rotation(entry, rotations, channels)
     shard_rotation(where, rotation, channels // parts)
     shard_scheme(where, input_scheme(how.activations, entry, channels), channels // parts)

@@ -20,6 +20,7 @@ from vllm.model_executor.models.utils import is_pp_missing_parameter
 
 from ..errors import CheckpointError
 from ..models import LinearInput
+from ..runtime.format.format import CheckpointInfo
 from ..runtime.format.integration import assemble_model
 from ..runtime.format.values import check_values
 from ..runtime.modules.rotation import online_rotation
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
 __all__ = ["expected_tensors", "load_checkpoint"]
 
 Weights = Iterable[tuple[str, Tensor]]
+Expected = dict[str, Tensor | None]
 _QKV = ("q", "k", "v")
 
 
 def load_checkpoint(
     model: nn.Module,
     config: RRSQConfig,
-    hf_config: Any,
+    expected: Expected,
     weights: Weights,
     load_others: Callable[[Weights], set[str]],
 ) -> set[str]:
@@ -48,7 +50,7 @@ def load_checkpoint(
     Args:
         model: vLLM's, on this process.
         config: of the checkpoint.
-        hf_config: configuration of transformers.
+        expected: what :func:`expected_tensors` says that there must be.
         weights: all tensors of the checkpoint.
         load_others: vLLM's own way for what is no part of the language model, such as a vision tower.
 
@@ -60,7 +62,7 @@ def load_checkpoint(
             model, or holds values that none can have; or a parameter of vLLM's got none.
     """
     target = _Target(model, config)
-    others = target.load(_checked(weights, expected_tensors(hf_config, config)))
+    others = target.load(_checked(weights, expected))
     if others:
         target.filled |= {(name, None) for name in load_others(others)}
     target.check_complete()
@@ -68,20 +70,25 @@ def load_checkpoint(
     return {name for name, _ in target.filled}
 
 
-def expected_tensors(hf_config: Any, config: RRSQConfig) -> dict[str, Tensor | None]:
-    """What a checkpoint must hold, by name, as meta tensors; None for what it may leave out: tied weights."""
+def expected_tensors(hf_config: Any, info: CheckpointInfo) -> Expected:
+    """What a checkpoint must hold, by name, as meta tensors; None for what it may leave out: tied weights.
+
+    Args:
+        hf_config: configuration of transformers.
+        info: the checkpoint's ``quantization_config``.
+    """
     from transformers import AutoModelForCausalLM
 
     plain = copy.deepcopy(hf_config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     with torch.device("meta"):
-        model = assemble_model(AutoModelForCausalLM.from_config(plain), config.info)
+        model = assemble_model(AutoModelForCausalLM.from_config(plain), info)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return {name: None if name in tied else tensor for name, tensor in model.state_dict().items()}
 
 
-def _checked(weights: Weights, expected: dict[str, Tensor | None]) -> Iterator[tuple[str, Tensor]]:
+def _checked(weights: Weights, expected: Expected) -> Iterator[tuple[str, Tensor]]:
     """The tensors, if they are those that are expected."""
     missing = {name for name, tensor in expected.items() if tensor is not None}
     for name, tensor in weights:

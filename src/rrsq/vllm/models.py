@@ -19,7 +19,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from ..models import families
 from ..runtime.modules.norms import replace_final_norm, replace_layer_norms
 from .limits import check_servable
-from .loading import load_checkpoint
+from .loading import expected_tensors, load_checkpoint
 
 __all__ = ["register_models", "served_architecture"]
 
@@ -60,8 +60,13 @@ class _Served(_Model):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         parallel, hf_config = vllm_config.parallel_config, vllm_config.model_config.hf_config
         check_servable(hf_config, vllm_config.quant_config.info, parallel.tensor_parallel_size)
+        # Before vLLM, where it has no model of its own, changes that of transformers.
+        expected = expected_tensors(hf_config, vllm_config.quant_config.info)
+        self._build(vllm_config, prefix)
+        self._checkpoint = (vllm_config.quant_config, expected)
+
+    def _build(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self._checkpoint = (vllm_config.quant_config, hf_config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load all of a checkpoint's tensors; see :func:`.loading.load_checkpoint`."""
@@ -71,11 +76,11 @@ class _Served(_Model):
 class _OwnHead(_Served):
     """Gemma: R1 makes the output head another matrix than the embedding, which vLLM takes it to be."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def _build(self, vllm_config: VllmConfig, prefix: str) -> None:
         config = vllm_config.model_config.hf_config
         tied, config.tie_word_embeddings = config.tie_word_embeddings, True
         try:
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            super()._build(vllm_config, prefix)
         finally:
             config.tie_word_embeddings = tied
         self._tied = tied
@@ -91,8 +96,8 @@ class _OwnHead(_Served):
 class _NoCentring(_Served):
     """OPT: R1 leaves an RMSNorm of each LayerNorm, and gives the output head a bias."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+    def _build(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super()._build(vllm_config, prefix)
         quant_config = vllm_config.quant_config
         family, rotations = quant_config.family, quant_config.rotations
         self._tied = self.config.tie_word_embeddings
