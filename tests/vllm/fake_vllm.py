@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import sys
 import threading
@@ -43,6 +44,7 @@ def prepare() -> None:
     os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
     os.environ.update(RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     _stub_extensions()
+    _stub_image_processing()
     _fake_platform()
     _mock_kernels()
     _replace_kernels()
@@ -77,6 +79,20 @@ def _mock_kernels() -> None:
             raise
 
     namespace.__getattr__ = find_or_mock
+
+
+def _stub_image_processing() -> None:
+    """Classes of transformers that need torchvision, which models that see name and text does not need."""
+    if importlib.util.find_spec("torchvision") is not None:
+        return
+    for file, classes in {
+        "image_processing_gemma3": ("Gemma3ImageProcessor",),
+        "processing_gemma3": ("Gemma3Processor", "Gemma3ProcessorKwargs"),
+    }.items():
+        module = types.ModuleType(f"transformers.models.gemma3.{file}")
+        for name in classes:
+            setattr(module, name, type(name, (), {}))
+        sys.modules[module.__name__] = module
 
 
 def _fake_platform() -> None:

@@ -9,6 +9,7 @@ from fake_vllm import REASON, has_vllm, serve
 from servable import SERVABLE, llama
 
 import rrsq
+from tiny_families import TINY
 from tiny_quantized import logits_of, random_tokens
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(not has_vllm(), reason=REASON)
 
-TOKENS = random_tokens(23, seed=9)
+TOKENS = random_tokens(23, seed=9).clamp_max(500)  # The last ones stand for images.
 FULL_CACHE = "kv_cache=null"  # vLLM keeps it in 16 bits, whatever the recipe says.
 FLOAT = ("activations={bits: 16}", FULL_CACHE)
 
@@ -35,6 +36,10 @@ def difference(folder: Path, ranks: int = 1) -> Tensor:
 def test_every_family(name: str, make: Make) -> None:
     folder = make(name, SERVABLE[name](), FLOAT)
     assert difference(folder).abs().max() < 1e-4
+
+
+def test_the_language_model_of_one_that_sees(make: Make) -> None:
+    assert difference(make("gemma3", TINY["gemma3"](), FLOAT)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", SERVABLE)

@@ -141,7 +141,7 @@ class _Target:
         for name, tensor in weights:
             try:
                 if not self._load(name, tensor):
-                    others.append((name, tensor))
+                    others.append((self.places.beside(name), tensor))
             except (CheckpointError, AssertionError, RuntimeError) as error:
                 reason = str(error).rstrip(".") or "its shape does not fit there"
                 raise CheckpointError(

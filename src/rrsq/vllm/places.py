@@ -17,6 +17,8 @@ __all__ = ["LinearPlace", "Places"]
 
 # Modules of a decoder layer that vLLM calls otherwise than transformers, by model type.
 _OTHER_NAMES = {"mixtral": ("mlp", "block_sparse_moe")}
+# Prefixes of what is no part of the language model, as vLLM looks for them in a checkpoint.
+_OTHER_PREFIXES = {"model.vision_tower.": "model.vision_tower.vision_model."}
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,13 @@ class Places:
                 how = treatment(self.recipe, layer, entry)
                 found[entry.name] = LinearPlace(layer, entry, how, (bool(how.linears),))
         return found
+
+    def beside(self, name: str) -> str:
+        """The name under which vLLM looks for a tensor that is no part of the language model."""
+        for ours, theirs in _OTHER_PREFIXES.items():
+            if name.startswith(ours) and not name.startswith(theirs):
+                return theirs + name.removeprefix(ours)
+        return name
 
     def in_vllm(self, path: str) -> str:
         """The path that a module of a decoder layer has in vLLM's."""
