@@ -2,8 +2,8 @@
 
     python environment.py VENV/bin/python
 
-The wheel is for CUDA; its compiled extensions (fake_vllm.py does without them) and most of its requirements are
-left out. What rrsq itself requires must be there.
+The wheel is for CUDA; its compiled extensions (fake_vllm.py does without them) and most of its requirements
+are left out. What rrsq itself requires must be there.
 """
 
 from __future__ import annotations
@@ -15,11 +15,23 @@ import zipfile
 from pathlib import Path
 
 VLLM = "vllm==0.26.0"
-REQUIREMENTS = """
-cachetools==8.0.2 cbor2==6.3.0 compressed-tensors==0.17.0 einops==0.8.2 loguru==0.7.3 msgspec==0.22.0
-openai==3.57.0 openai-harmony==0.0.8 prometheus_client==0.26.0 py-cpuinfo==9.0.0 pybase64==1.5.1 pyzmq==27.3.0
-sentencepiece==0.2.3 sniffio==1.3.1 uvloop==0.23.0
-""".split()
+REQUIREMENTS = (
+    "cachetools==8.0.2",
+    "cbor2==6.3.0",
+    "compressed-tensors==0.17.0",
+    "einops==0.8.2",
+    "loguru==0.7.3",
+    "msgspec==0.22.0",
+    "openai==3.57.0",
+    "openai-harmony==0.0.8",
+    "prometheus_client==0.26.0",
+    "py-cpuinfo==9.0.0",
+    "pybase64==1.5.1",
+    "pyzmq==27.3.0",
+    "sentencepiece==0.2.3",
+    "sniffio==1.3.1",
+    "uvloop==0.23.0",
+)
 LEFT_OUT = (".so", ".cu", ".cuh", ".h", ".hpp")
 
 

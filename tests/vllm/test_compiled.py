@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
-from torch._dynamo.utils import counters
-
 from fake_vllm import REASON, has_vllm, serve
 from servable import SERVABLE, llama
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 
 if TYPE_CHECKING:
     from conftest import Make
