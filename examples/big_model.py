@@ -26,8 +26,8 @@ from transformers import LlamaConfig
 from rrsq.models.llama import LLAMA
 from rrsq.quantizer.calibration.windows import data_fingerprint
 from rrsq.quantizer.calibration.workers import joined_workers
-from rrsq.quantizer.production.opening import empty_model
 from rrsq.quantizer.production.produce import Calibration, OutputOptions, produce_checkpoint
+from rrsq.quantizer.production.source import empty_model
 from rrsq.quantizer.projection import projected_memory
 from rrsq.recipe import load_recipe
 from rrsq.runtime.format.format import CalibrationInfo

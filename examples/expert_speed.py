@@ -34,7 +34,7 @@ MIXTURES = {
 }
 # What the inputs become, the channels of a weight's multiplier, and whether the second input is rotated.
 RECIPES: dict[str, tuple[dict[str, Any], int | None, bool]] = {
-    "rrs-w4a4kv4": ({"bits": 4, "clip": 0.9333, "group_size": 16, "fold": True}, 32, True),
+    "rrs-w4a4kv4": ({"bits": 4, "clip": 0.9333, "group_size": 16, "scales": "integer"}, 32, True),
     "rrs-paper-w4a4kv4": ({"bits": 4, "group_size": 128, "scope": "sequence"}, None, True),
     "gptq-w4a16": ({}, 128, False),
 }

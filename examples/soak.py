@@ -3,8 +3,9 @@
     python examples/soak.py CHECKPOINT [--calls 2000] [--threads 8] [--device auto]
 
 Calls have random batches, lengths and paddings; some are cancelled half way, as a server does when a client
-goes. Prints the process's memory as it goes. At the end a sample of the calls is made again in a fresh process,
-and the threads' texts are compared with those of one thread. Exits with 1 where memory grew or a text differs.
+goes. Prints the process's memory as it goes. At the end a sample of the calls is made again in a fresh
+process, and the threads' texts are compared with those of one thread. Exits with 1 where memory grew or a
+text differs.
 """
 
 from __future__ import annotations

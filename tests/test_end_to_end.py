@@ -200,9 +200,9 @@ def test_layers_with_8_bit_keys_survive_the_round_trip(
         ["rotation.across_heads=false", "rotation.intermediate=false"],
         ["kv_cache.keys.zero_point=true", "kv_cache.values.offset=mean", "kv_cache.values.rotate=true"],
         ["activations.smoothing.inputs=[o, down]", "weights.group_size=null"],
-        ["activations={bits: 4, smoothing: {scope: block, fold: none, channel_order: calibrated}}"],
-        ["activations={bits: 4, smoothing: {scope: sequence, fold: none, channel_order: per_call}}"],
-        ["activations={bits: 8, smoothing: {fold: none, statistic: token_normalized_max}}"],
+        ["activations={bits: 4, smoothing: {scope: block, scales: real, channel_order: calibrated}}"],
+        ["activations={bits: 4, smoothing: {scope: sequence, scales: real, channel_order: per_call}}"],
+        ["activations={bits: 8, smoothing: {scales: real, statistic: token_normalized_max}}"],
     ],
     ids=lambda overrides: overrides[0],
 )

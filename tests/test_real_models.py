@@ -16,11 +16,12 @@ from rrsq.quantizer.calibration.text import load_documents
 from rrsq.quantizer.calibration.windows import calibration_windows, data_fingerprint, evaluation_windows
 from rrsq.quantizer.fold.rotations import rotate_model
 from rrsq.quantizer.pipeline import quantize_model
-from rrsq.quantizer.production.writer import checkpoint_info, write_checkpoint
+from rrsq.quantizer.production.writer import checkpoint_info
 from rrsq.recipe import Rotation, load_recipe
 from rrsq.runtime.format.format import CalibrationInfo
 from rrsq.runtime.format.loading import load_model, load_tokenizer
 from rrsq.runtime.rotation.rotations import make_rotations
+from tiny_quantized import save_quantized
 
 pytestmark = pytest.mark.real
 
@@ -80,7 +81,7 @@ def test_the_default_recipe_keeps_smollm2_useful(wikitext: dict[str, list[str]],
         fingerprint=data_fingerprint(windows),
     )
     info = checkpoint_info(quantized, seed=0, source_model="smollm2-135m", calibration=calibration)
-    write_checkpoint(quantized, tokenizer, info, tmp_path / "out")
+    save_quantized(quantized, tokenizer, info, tmp_path / "out")
     del model, quantized
 
     loaded: Any = rrsq.load(str(tmp_path / "out"), device="cpu")

@@ -47,7 +47,7 @@ def test_the_papers_recipe_smooths_what_the_authors_smooth() -> None:
     smoothing = load_recipe("rrs-paper-w4a4kv4").activations.smoothing
     assert smoothing is not None
     assert set(smoothing.inputs) == set(INPUTS) - {"qkv"}
-    assert (smoothing.scope, smoothing.fold, smoothing.group_size) == ("sequence", "none", 128)
+    assert (smoothing.scope, smoothing.scales, smoothing.group_size) == ("sequence", "real", 128)
 
 
 def test_overrides_set_nested_fields_and_read_values_as_yaml() -> None:

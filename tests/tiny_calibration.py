@@ -39,8 +39,8 @@ def calibrate_model(
     windows: Tensor | None = None,
 ) -> StoredCalibration:
     """Calibrate a model, which is used up, into ``folder``, without a report; layers there are kept."""
+    from rrsq.diagnostics.layer_pass import calibrate_layers
     from rrsq.diagnostics.make_manifest import make_manifest
-    from rrsq.diagnostics.run import calibrate_layers
     from rrsq.quantizer.calibration.manifest import write_manifest
     from rrsq.quantizer.calibration.stored import StoredCalibration
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from rrsq.quantizer.pipeline import QuantizedModel
     from rrsq.recipe import Recipe
+    from rrsq.runtime.format.format import CheckpointInfo
 
 VOCABULARY_SIZE = 512  # That of conftest.py's tokenizer and models.
 WINDOWS = 6
@@ -55,9 +56,9 @@ def quantize_tiny(
     return quantize_model(load_tiny(folder, dtype), recipe, windows, seed=seed, **options)
 
 
-def save_tiny(quantized: QuantizedModel, source: Path, out: Path, **options: Any) -> Path:
+def save_tiny(quantized: QuantizedModel, source: Path, out: Path, max_shard_size: str = "5GB") -> Path:
     """Write a checkpoint of a quantized tiny model with the tokenizer of ``source``."""
-    from rrsq.quantizer.production.writer import checkpoint_info, write_checkpoint
+    from rrsq.quantizer.production.writer import checkpoint_info
     from rrsq.runtime.format.format import CalibrationInfo
     from rrsq.runtime.format.loading import load_tokenizer
 
@@ -65,7 +66,24 @@ def save_tiny(quantized: QuantizedModel, source: Path, out: Path, **options: Any
         source="random tokens", num_samples=WINDOWS, sequence_length=WINDOW_LENGTH, fingerprint="0" * 64
     )
     info = checkpoint_info(quantized, seed=0, source_model=source.name, calibration=calibration)
-    write_checkpoint(quantized, load_tokenizer(str(source)), info, out, **options)
+    return save_quantized(quantized, load_tokenizer(str(source)), info, out, max_shard_size)
+
+
+def save_quantized(
+    quantized: QuantizedModel, tokenizer: Any, info: CheckpointInfo, out: Path, max_shard_size: str = "5GB"
+) -> Path:
+    """Write a model that was quantized in memory, by what ``rrsq quantize`` writes layer by layer."""
+    from rrsq.quantizer.production.output_shards import OutputShards, parse_size
+    from rrsq.quantizer.production.writer import write_beside
+
+    model: Any = quantized.model
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    out.mkdir()
+    shards = OutputShards(out, tensors, parse_size(max_shard_size))
+    shards.create()
+    shards.write(tensors)
+    write_beside(quantized, tokenizer, info, shards)
     return out
 
 

@@ -161,26 +161,32 @@ def _kernels() -> Iterator[Finding]:
     """For each operation the kernel that a bfloat16 model would use here, and why not the others."""
     import torch
 
-    from rrsq.kernels import kernel_report
+    from rrsq import kernels  # noqa: F401  (defines the operations)
+    from rrsq.kernels.operation import Target, operations
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    reports = kernel_report(device, torch.bfloat16)
+    target = Target.of(device)
+    chosen: dict[str, str | None] = {}
     rejected: dict[str, list[str]] = {}
-    for report in reports:
-        for name, reasons in report.rejected:
-            rejected.setdefault(reasons, []).append(name)
-        slow = on_gpu and (report.chosen or "").startswith("eager.")
-        state: State = "problem" if report.chosen is None else "note" if slow else "ok"
-        yield Finding(report.operation, report.chosen or "no kernel", state)
+    for name, operation in operations().items():
+        candidates = operation.explain(target, operation.typical)
+        chosen[name] = next((c.kernel.name for c in candidates if not c.reasons), None)
+        for candidate in candidates:
+            if candidate.reasons:
+                rejected.setdefault("; ".join(candidate.reasons), []).append(candidate.kernel.name)
+    slow = [name for name in chosen.values() if on_gpu and name is not None and name.startswith("eager.")]
+    for name, kernel in chosen.items():
+        state: State = "problem" if kernel is None else "note" if kernel in slow else "ok"
+        yield Finding(name, kernel or "no kernel", state)
     for reasons, names in rejected.items():
         backends = {name.partition(".")[0] for name in names}
-        whole = len(names) == len(reports) and len(backends) == 1
+        whole = len(names) == len(chosen) and len(backends) == 1
         yield Finding("not used", f"{f'all of {backends.pop()}' if whole else ', '.join(names)}: {reasons}")
-    if any(report.chosen is None for report in reports):
+    if None in chosen.values():
         hint = "A model cannot run here as things are set; 'not used' says why of each kernel."
         yield Finding("kernels", "missing", "problem", hint)
-    elif on_gpu and any(report.chosen and report.chosen.startswith("eager.") for report in reports):
+    elif slow:
         hint = "The slow reference computes some operations on this GPU; 'not used' says why."
         yield Finding("kernels", "slow", "note", hint)
     if on_gpu:
@@ -197,7 +203,7 @@ def _kernels() -> Iterator[Finding]:
 def _tuned_table(device: object) -> Finding:
     import torch
 
-    from rrsq.kernels.triton.tuning import cache_path, shipped_table
+    from rrsq.kernels.plans import cache_path, shipped_table
 
     assert isinstance(device, torch.device)
     path = cache_path(device)
@@ -242,7 +248,7 @@ def _caches() -> Iterator[Finding]:
         yield Finding("HF_HUB_OFFLINE", "set", "note", "Nothing is fetched from the Hub.")
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from rrsq.kernels.triton.tuning import cache_folder
+    from rrsq.kernels.plans import cache_folder
 
     yield _cache("Hub cache", Path(HF_HUB_CACHE))
     yield _cache("rrsq cache", cache_folder())

@@ -98,9 +98,9 @@ class Smoothing(_Part):
         le=LARGEST,
         description="channels that share a scale; the greatest common divisor fits it",
     )
-    fold: Literal["integer", "none"] = Field(
+    scales: Literal["integer", "real"] = Field(
         default="integer",
-        description="integer: scales are small integers inside the int8 operand; none: real scales",
+        description="integer: small multipliers inside the int8 operand; real: applied by the product",
     )
     channel_order: Literal["none", "calibrated", "per_call"] = Field(
         default="none",
@@ -110,12 +110,12 @@ class Smoothing(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Smoothing:
-        if self.fold == "integer" and self.scope != "token":
-            raise ValueError("fold: integer needs scope: token, since each token has its own multipliers")
-        if self.fold == "integer" and self.statistic != "max":
-            raise ValueError("fold: integer needs statistic: max")
-        if self.fold == "integer" and self.channel_order != "none":
-            raise ValueError("fold: integer needs channel_order: none")
+        if self.scales == "integer" and self.scope != "token":
+            raise ValueError("scales: integer needs scope: token, since each token has its own multipliers")
+        if self.scales == "integer" and self.statistic != "max":
+            raise ValueError("scales: integer needs statistic: max")
+        if self.scales == "integer" and self.channel_order != "none":
+            raise ValueError("scales: integer needs channel_order: none")
         return self
 
 
@@ -132,8 +132,8 @@ class Activations(_Part):
     def _consistent(self) -> Activations:
         if self.smoothing is not None and self.bits == 16:
             raise ValueError("smoothing needs activations.bits of 4 or 8")
-        if self.smoothing is not None and self.smoothing.fold == "integer" and self.bits != 4:
-            raise ValueError("smoothing.fold: integer needs activations.bits: 4")
+        if self.smoothing is not None and self.smoothing.scales == "integer" and self.bits != 4:
+            raise ValueError("smoothing.scales: integer needs activations.bits: 4")
         return self
 
 

@@ -1,31 +1,31 @@
-"""Folders that appear whole or not at all: written beside their place and moved there by one rename."""
+"""The disk: whether an output may be written and has room, and writing so that it outlives a crash."""
 
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import psutil
+from typing import IO
 
 from .errors import OutputExistsError, RRSQError, StorageError
 
 __all__ = [
+    "allocate",
     "check_output",
     "check_space",
     "flush",
     "library_versions",
-    "remove_abandoned",
-    "replace_folder",
-    "staging_folder",
     "storage_errors",
+    "sync_folder",
+    "write_whole",
 ]
 
+# Bytes written at once where a system cannot reserve space.
+_ZEROS = 2**24
 _VERSIONED = ("rrsq", "torch", "transformers", "safetensors", "tokenizers")
 
 
@@ -53,7 +53,7 @@ def check_output(
             raise OutputExistsError(f"'{out}' is not {kind}; it is not replaced. Give another folder.")
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        probe = staging_folder(out)
+        probe = out.absolute().parent / f".{out.absolute().name}.probe-{os.getpid()}"
         probe.mkdir()
         probe.rmdir()
 
@@ -77,36 +77,41 @@ def check_space(out: Path, needed: int, what: str = "the checkpoint takes") -> N
         )
 
 
-def staging_folder(out: Path) -> Path:
-    """The sibling in which this process writes ``out``."""
-    return out.absolute().parent / f".{out.absolute().name}.partial-{os.getpid()}"
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or as it was: by a rename, when it is on the disk."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    sync_folder(path.parent)
 
 
-def remove_abandoned(out: Path) -> None:
-    """Remove staging folders of runs that were killed: those whose process is no more."""
-    for folder in out.absolute().parent.glob(f".{glob.escape(out.absolute().name)}.partial-*"):
-        number = folder.name.rsplit("-", 1)[-1]
-        if number.isdigit() and not psutil.pid_exists(int(number)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def replace_folder(staging: Path, out: Path) -> None:
-    """Rename ``staging`` to ``out``; an ``out`` that exists is kept until that is done, then removed."""
-    if not out.exists():
-        staging.rename(out)
+def allocate(file: IO[bytes], size: int) -> None:
+    """Take the disk space of a new file, now or never; it is of this size then, and holds zeros."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
         return
-    old = out.absolute().parent / f".{out.absolute().name}.old-{os.getpid()}"
-    out.rename(old)
+    for start in range(0, size, _ZEROS):  # macOS, Windows.
+        file.write(bytes(min(_ZEROS, size - start)))
+    file.flush()
+    file.seek(0)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a folder's entries on the disk: files made in it, and renames."""
+    if os.name == "nt":  # Folders cannot be opened there, and need not be.
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        staging.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def flush(folder: Path) -> None:
-    """Have the files on the disk before the rename makes them the output."""
+    """Have the files of a folder on the disk, before a rename makes it the output."""
     for path in folder.rglob("*"):
         if not path.is_file():
             continue

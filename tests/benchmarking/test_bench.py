@@ -89,8 +89,8 @@ def test_the_weight_in_floating_point_is_what_the_packed_one_stands_for():
 def test_a_wrong_result_is_not_timed(monkeypatch):
     from rrsq.benchmarking import contenders
 
-    real = contenders.kernels.linear_folded
-    monkeypatch.setattr(contenders.kernels, "linear_folded", lambda *a: real(*a) * 1.1)
+    real = contenders.kernels.linear_int8
+    monkeypatch.setattr(contenders.kernels, "linear_int8", lambda *a: real(*a) * 1.1)
     settings = Settings((LinearShape("s", 64, 64),), (2,), (), CPU, False, 0.0)
     with pytest.raises(IncorrectResultError, match="rrsq on 64x64 with 2 tokens is off"):
         list(measure(settings, Ceilings(1e9, 1e9), lambda text: None))

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -206,10 +205,9 @@ def test_interruption_leaves_nothing(
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        # By then it is past its imports, however busy the machine is.
-        watched = psutil.Process(process.pid)
-        while process.poll() is None and sum(watched.cpu_times()[:2]) < 15:
-            time.sleep(0.1)
+        # It is past its imports when it has its work folder, and seconds away from its first layer.
+        while process.poll() is None and not (tmp_path / ".out.work" / "manifest.json").exists():
+            time.sleep(0.01)
         process.send_signal(number)
         message = process.stderr.read() if process.stderr is not None else ""
     assert process.returncode == 1, message

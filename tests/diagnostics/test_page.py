@@ -16,11 +16,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from rrsq.diagnostics import report as report_module
+from rrsq.diagnostics import outliers
 from rrsq.diagnostics.detail_figure import detail_figure
 from rrsq.diagnostics.figure_style import stage_titles
+from rrsq.diagnostics.outliers import OutlierReport, read_report
 from rrsq.diagnostics.page import html_page
-from rrsq.diagnostics.report import OutlierReport, read_report
 from rrsq.diagnostics.write import write_report
 from rrsq.quantizer.calibration.stored import StoredCalibration
 from rrsq.runtime.format.loading import load_tokenizer
@@ -81,8 +81,8 @@ def written(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     folder = tmp_path_factory.mktemp("page") / "calib"
     stored = calibrate_tiny(tiny_llama_dir, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_module, "WORST_DRAWN", WORST_DRAWN)
-        patch.setattr(report_module, "SPIKY_DRAWN", SPIKY_DRAWN)
+        patch.setattr(outliers, "WORST_DRAWN", WORST_DRAWN)
+        patch.setattr(outliers, "SPIKY_DRAWN", SPIKY_DRAWN)
         report = read_report(stored, tiny_windows(), load_tokenizer(str(tiny_llama_dir)))
         write_report(report, folder)
         yield folder, stored, report
@@ -195,8 +195,8 @@ def test_the_json_has_all_numbers(written: Written) -> None:
 def test_ten_are_drawn_in_detail_and_two_spiky_ones(written: Written) -> None:
     _, stored, report = written
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_module, "WORST_DRAWN", 10)
-        patch.setattr(report_module, "SPIKY_DRAWN", 2)
+        patch.setattr(outliers, "WORST_DRAWN", 10)
+        patch.setattr(outliers, "SPIKY_DRAWN", 2)
         detailed = OutlierReport(stored.manifest, report.rows, stored).detailed
     assert [rank for _, rank in detailed] == [*range(1, 11), None, None]
     assert len({(row.layer, row.input) for row, _ in detailed}) == 12

@@ -14,11 +14,11 @@ from rrsq.runtime.modules.input import InputScheme
 CHANNELS, TOKENS, GROUP = 32, 300, 8
 NOISE = torch.randn(TOKENS, CHANNELS, generator=torch.Generator().manual_seed(0))
 X = NOISE * torch.logspace(-1, 1, CHANNELS)
-FOLDED = InputScheme(CHANNELS, 4, 0.9, group_size=GROUP, fold=True)
-SMOOTHED = replace(FOLDED, fold=False)
+INTEGER = InputScheme(CHANNELS, 4, 0.9, group_size=GROUP, scales="integer")
+SMOOTHED = replace(INTEGER, scales="real")
 
 
-def test_folded_scales_are_whole_multiples_of_one_scale_a_token() -> None:
+def test_integer_scales_are_whole_multiples_of_one_scale_a_token() -> None:
     x = X.double().numpy()
     expected = np.empty_like(x)
     for token in range(TOKENS):
@@ -27,7 +27,7 @@ def test_folded_scales_are_whole_multiples_of_one_scale_a_token() -> None:
             group = x[token, start : start + GROUP]
             m = np.clip(np.ceil(0.9 * np.abs(group).max() / (7 * a)), 1, 18)
             expected[token, start : start + GROUP] = group / (a * m)
-    found = smooth(X, FOLDED, None).numpy()
+    found = smooth(X, INTEGER, None).numpy()
     # At the edge between two multipliers float32 and float64 may take different ones, a step apart.
     close = np.isclose(found, expected, rtol=1e-4)
     assert close.mean() > 0.995

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rrsq.errors import DataError, StorageError, UsageError
 from rrsq.evaluation import tasks as tasks_module
 from rrsq.evaluation.perplexity import perplexity
-from rrsq.evaluation.report import EvaluationReport, ModelReport, write_json
 from rrsq.evaluation.results import Metric, TaskResult
+from rrsq.evaluation.scores import EvaluationReport, ModelReport, write_json
 from rrsq.evaluation.tasks import TaskOptions, parse_tasks, register_task, task_kinds
 from rrsq.quantizer.calibration.windows import data_fingerprint, evaluation_windows
 

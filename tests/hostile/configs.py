@@ -203,7 +203,7 @@ def _quantization_fields() -> Iterator[Case]:
                 continue
             expected = outcomes("either", inspect="shown")
             yield Case("quantization-field", f"{path}={value}", put(path, value), expected=expected)
-    for version in (0, 2, HUGE, "1", None, [1], 1.5):
+    for version in (0, 3, HUGE, "1", None, [1], 1.5):
         yield Case("version", str(version), put("format_version", version))
     for path in (
         "mystery",

@@ -113,7 +113,7 @@ def run(problem: GroupedProblem, backend: str | None, dtype: torch.dtype = torch
             problem.scale,
             problem.group_scale,
             problem.tokens_per_set,
-            route_rows(problem.experts, problem.packed.shape[0]),
+            *route_rows(problem.experts, problem.packed.shape[0]),
             problem.rows_per_token,
             problem.packed,
             problem.weight_scale,

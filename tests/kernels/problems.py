@@ -1,21 +1,29 @@
-"""Random and adversarial operands of a quantized linear, and its result in float64."""
+"""Random and adversarial activations and operands of a quantized linear, and its result in float64."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
+from rrsq import kernels
 from rrsq.kernels import pack_int4
-from rrsq.kernels.eager.packing import weight_operand
 
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+_TIE = 1e-4
 KINDS = ("random", "zero_rows", "huge_token", "saturated")
 
 
 @dataclass
 class Problem:
-    """Operands of ``linear_folded`` and what it must give."""
+    """Operands of ``linear_int8`` and what it must give."""
 
     operand: Tensor
     scale: Tensor
@@ -61,7 +69,7 @@ def make_problem(
     weight = codes.double()
     if multiplier is not None and group_size is not None:
         weight = weight * multiplier.double().repeat_interleave(group_size, 1)
-    assert torch.equal(weight, weight_operand(packed, multiplier).double())
+    assert torch.equal(weight, kernels.weight_operand(packed, multiplier).double())
     expected = (operand.to(device).double() @ weight.to(device).T).cpu()
     expected = expected * scale.double()[:, None] * weight_scale.double()
     if bias_values is not None:
@@ -87,3 +95,104 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
         return float("inf")
     magnitude = expected.abs().amax(1, keepdim=True).clamp_min(1e-12)
     return float(((actual.double() - expected).abs() / magnitude).max())
+
+
+class Weight:
+    """Random codes, scales and (with groups of 16) multipliers, with the float64 matrix they stand for."""
+
+    OUT = 20
+
+    def __init__(self, in_features: int, grouped: bool, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.randint(-8, 8, (self.OUT, in_features), generator=generator)
+        self.packed = pack_int4(codes)
+        self.scale = torch.rand(self.OUT, generator=generator) + 0.01
+        self.multiplier: Tensor | None = None
+        factor = np.ones((self.OUT, in_features))
+        if grouped:
+            self.multiplier = torch.randint(1, 16, (self.OUT, in_features // 16), generator=generator).byte()
+            factor = self.multiplier.double().numpy().repeat(16, 1)
+        self.operand = torch.from_numpy(codes.numpy() * factor).to(torch.int8)
+        self.dense = codes.double().numpy() * factor * self.scale.double().numpy()[:, None]
+
+
+def random_bias(has_bias: bool) -> Tensor | None:
+    return torch.randn(Weight.OUT, generator=torch.Generator().manual_seed(9)) if has_bias else None
+
+
+def assert_close(y: Tensor, expected: np.ndarray, tolerance: float = 1e-6) -> None:
+    assert np.abs(y.double().numpy() - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def added(expected: np.ndarray, bias: Tensor | None) -> np.ndarray:
+    return expected if bias is None else expected + bias.double().numpy()
+
+
+def activations(
+    tokens: int,
+    channels: int,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+) -> Tensor:
+    """``kind``: ``random``, ``zero_rows``, ``huge_token`` or ``huge_channel``."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, channels, generator=generator)
+    if kind == "zero_rows":
+        x[::2] = 0
+    elif kind == "huge_token":
+        x[0] *= 1e4
+    elif kind == "huge_channel":
+        x[:, 3] = 300.0
+    return x.to(device, dtype)
+
+
+def hadamard_12() -> Tensor:
+    """Paley's matrix of order 12, from the squares modulo 11."""
+    squares = {i * i % 11 for i in range(1, 11)}
+    H = torch.ones(12, 12)
+    for i in range(11):
+        for j in range(11):
+            difference = (j - i) % 11
+            H[i + 1, j + 1] = -1 if difference == 0 else (1 if difference in squares else -1)
+    H[1:, 0] = -1
+    H = torch.where(torch.eye(12).bool() & (torch.arange(12) > 0), torch.ones(()), H)
+    assert torch.equal(H @ H.T, 12 * torch.eye(12))
+    return H
+
+
+def both(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, Any]:
+    """What the Triton kernel and the reference give."""
+    with kernels.use_kernels("triton"):
+        actual = function(*arguments, **options)
+    with kernels.use_kernels("eager"):
+        return actual, function(*arguments, **options)
+
+
+ROTATIONS = [
+    # channels, base, block, inner
+    (192, "paley", 192, 1),
+    (384, "paley", 192, 1),
+    (1536, "paley", 1536, 1),
+    (256, "one", 256, 1),
+    (2048, "one", 2048, 1),
+    (256, "one", 64, 1),
+    (192, "paley", 12, 16),
+    (128, "one", 4, 32),
+]
+
+
+def uneven_activations(tokens: int, channels: int, seed: int = 0) -> Tensor:
+    """Gaussian rows of very different sizes with a few large channels."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, channels, generator=generator)
+    x *= torch.exp(2 * torch.randn(tokens, 1, generator=generator))
+    x[:, :: max(channels // 4, 1)] *= 6.0
+    return x
+
+
+def assert_rounded(codes: np.ndarray, exact: np.ndarray, limit: int) -> None:
+    """``codes`` are ``exact`` rounded and limited; either neighbour is right at a tie."""
+    assert np.abs(codes).max(initial=0) <= limit
+    assert (np.abs(codes - np.clip(exact, -limit, limit)) <= 0.5 + _TIE).all()

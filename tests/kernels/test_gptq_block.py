@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rrsq.kernels.dispatch import Call, resolve, select, use_kernels
-from rrsq.kernels.eager.gptq import gptq_block
+from rrsq import kernels
+from rrsq.kernels.operation import Target
+
+from .problems import needs_triton
+
+gptq_block = kernels.gptq_block.reference
 
 
 def problem(channels: int, rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,17 +35,17 @@ def in_float64(block: Tensor, steps: Tensor, upper: Tensor, codes: Tensor) -> tu
 
 
 def triton_block(block: Tensor, steps: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    with use_kernels("triton"):
-        call = Call("gptq_block", block.device, (("block", block.dtype),), (("channels", len(block)),))
-        return resolve(call)(block, steps, upper)
+    with kernels.use_kernels("triton"):
+        return kernels.gptq_block(block, steps, upper)
 
 
-@pytest.mark.parametrize("version", [gptq_block, triton_block])
+@pytest.mark.parametrize("version", [gptq_block, pytest.param(triton_block, marks=needs_triton)])
 @pytest.mark.parametrize(("channels", "rows"), [(1, 3), (16, 16), (37, 50), (128, 33)])
 def test_codes_are_the_nearest_and_errors_are_fed_on(version: object, channels: int, rows: int) -> None:
     assert callable(version)
     block, steps, upper = problem(channels, rows)
-    codes, errors = version(block.clone(), steps, upper)
+    codes, errors = version(block, steps, upper)
+    assert torch.equal(block, problem(channels, rows)[0])
     weights, exact = in_float64(block, steps, upper, codes)
     torch.testing.assert_close(errors.double(), exact, rtol=1e-4, atol=1e-4)
     assert torch.equal(codes, codes.round())
@@ -51,16 +55,18 @@ def test_codes_are_the_nearest_and_errors_are_fed_on(version: object, channels: 
     assert float(excess.max()) < 1e-4
 
 
+@needs_triton
 def test_both_versions_choose_the_same_codes() -> None:
     block, steps, upper = problem(128, 70, seed=1)
     upper_of_a_larger_one = torch.zeros(140, 140)
     upper_of_a_larger_one[6:134, 6:134] = upper
-    eager, eager_errors = gptq_block(block.clone(), steps, upper)
+    eager, eager_errors = gptq_block(block, steps, upper)
     codes, errors = triton_block(block, steps, upper_of_a_larger_one[6:134, 6:134])
     assert float((codes != eager).double().mean()) < 0.001
     torch.testing.assert_close(errors, eager_errors, rtol=1e-3, atol=1e-3)
 
 
 def test_a_gpu_gets_the_kernel_and_a_cpu_does_not() -> None:
-    call = Call("gptq_block", torch.device("cpu"), (("block", torch.float32),), (("channels", 128),))
-    assert select(call).backend == "eager"
+    facts = kernels.gptq_block.typical
+    assert kernels.gptq_block.select(Target("cpu"), facts).backend == "eager"
+    assert kernels.gptq_block.select(Target("cuda", (9, 0), assumed=True), facts).backend == "triton"

@@ -29,17 +29,17 @@ def arguments(problem, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("tokens", [1, 4, 16, 63, 256, 2049])
 @pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
-def test_linear_folded(out_features, in_features, tokens, device):
+def test_linear_int8(out_features, in_features, tokens, device):
     problem = make_problem(tokens, out_features, in_features, device=device)
-    actual = kernels.linear_folded(*arguments(problem, torch.float32))
+    actual = kernels.linear_int8(*arguments(problem, torch.float32))
     assert relative_error(actual, problem.expected) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["zero_rows", "huge_token", "saturated"])
 @pytest.mark.parametrize("tokens", [1, 16, 2048])
-def test_linear_folded_adversarial(kind, tokens, device):
+def test_linear_int8_adversarial(kind, tokens, device):
     problem = make_problem(tokens, 4096, 18944, kind=kind, device=device)
-    actual = kernels.linear_folded(*arguments(problem, torch.float32))
+    actual = kernels.linear_int8(*arguments(problem, torch.float32))
     assert relative_error(actual, problem.expected) < 1e-6
 
 
@@ -54,9 +54,9 @@ def test_linears_are_the_references_to_the_bit(tokens, dtype, device):
     results = []
     for backend in ("triton", "eager"):
         with kernels.use_kernels(backend):
-            operand, scale = kernels.quantize_folded(x, 4, 32, 0.95, base=base, hadamard_block=in_features)
+            operand, scale = kernels.quantize_tokens(x, 4, 32, 0.95, base=base, hadamard_block=in_features)
             weight = (problem.packed, problem.weight_scale, problem.multiplier, problem.bias)
-            results.append(kernels.linear_folded(operand, scale, *weight, dtype))
+            results.append(kernels.linear_int8(operand, scale, *weight, dtype))
     assert torch.equal(*results)
 
 
@@ -69,9 +69,9 @@ def test_rotate_and_quantize(channels, tokens, device):
     x = torch.randn(tokens, channels, device=device, dtype=torch.bfloat16)
     x[:, 5] *= 100
     options = {"base": base, "hadamard_block": channels}
-    operand, scale = kernels.quantize_folded(x, 4, 32, 0.95, **options)
+    operand, scale = kernels.quantize_tokens(x, 4, 32, 0.95, **options)
     with kernels.use_kernels("eager"):
-        expected, expected_scale = kernels.quantize_folded(x, 4, 32, 0.95, **options)
+        expected, expected_scale = kernels.quantize_tokens(x, 4, 32, 0.95, **options)
     assert torch.equal(scale, expected_scale)
     assert torch.equal(operand, expected)
 
@@ -110,8 +110,8 @@ def test_cuda_graph_replays_follow_their_inputs(tokens, rotated, device):
     rotation = {"base": base, "hadamard_block": 14336} if rotated else {}
 
     def linear():
-        operand, scale = kernels.quantize_folded(x, 4, 32, 1.0, **rotation)
-        return kernels.linear_folded(operand, scale, *arguments(problem)[2:])
+        operand, scale = kernels.quantize_tokens(x, 4, 32, 1.0, **rotation)
+        return kernels.linear_int8(operand, scale, *arguments(problem)[2:])
 
     linear()
     graph = torch.cuda.CUDAGraph()
@@ -128,15 +128,15 @@ def test_cuda_graph_replays_follow_their_inputs(tokens, rotated, device):
 def test_a_rotation_first_seen_in_a_capture(device):
     x = torch.randn(16, 14336, device=device, dtype=torch.bfloat16)
     warm, cold = (base_matrix(plan_hadamard(14336)).to(device, dtype=torch.int8, copy=True) for _ in range(2))
-    expected, _ = kernels.quantize_folded(x, 4, 32, 1.0, base=warm, hadamard_block=14336)
+    expected, _ = kernels.quantize_tokens(x, 4, 32, 1.0, base=warm, hadamard_block=14336)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured, _ = kernels.quantize_folded(x, 4, 32, 1.0, base=cold, hadamard_block=14336)
+        captured, _ = kernels.quantize_tokens(x, 4, 32, 1.0, base=cold, hadamard_block=14336)
     for _ in range(2):
         captured.zero_()
         graph.replay()
         assert torch.equal(captured, expected)
-    assert torch.equal(kernels.quantize_folded(x, 4, 32, 1.0, base=cold, hadamard_block=14336)[0], expected)
+    assert torch.equal(kernels.quantize_tokens(x, 4, 32, 1.0, base=cold, hadamard_block=14336)[0], expected)
 
 
 def test_compiled_in_one_graph(device):
@@ -144,14 +144,14 @@ def test_compiled_in_one_graph(device):
     x = torch.randn(16, 1024, device=device, dtype=torch.bfloat16)
 
     def linear(x):
-        operand, scale = kernels.quantize_folded(x * 2, 4, 32, 1.0)
-        return kernels.linear_folded(operand, scale, *arguments(problem)[2:]) + 1
+        operand, scale = kernels.quantize_tokens(x * 2, 4, 32, 1.0)
+        return kernels.linear_int8(operand, scale, *arguments(problem)[2:]) + 1
 
     assert torch.equal(torch.compile(linear, fullgraph=True)(x), linear(x))
 
 
 def test_results_are_deterministic(device):
     problem = make_problem(16, 4096, 14336, device=device)
-    first = kernels.linear_folded(*arguments(problem))
+    first = kernels.linear_int8(*arguments(problem))
     for _ in range(20):
-        assert torch.equal(kernels.linear_folded(*arguments(problem)), first)
+        assert torch.equal(kernels.linear_int8(*arguments(problem)), first)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rrsq import kernels
 from rrsq.kernels import Routing, route_rows
+from rrsq.kernels.grouped_linear import float_plan, integer_plan, launch_float, launch_integer
 from rrsq.runtime.modules.experts import Experts, QuantizedExpertLinear
 from rrsq.runtime.modules.input import InputQuantizer, InputScheme
 from rrsq.runtime.modules.rotation import OnlineHadamard
@@ -28,7 +29,7 @@ SHAPES = {
 }
 # What experts read: integers, 16-bit activations, or codes with real group scales of the whole call.
 SCHEMES: dict[str, dict[str, Any]] = {
-    "folded": {"bits": 4, "group_size": 16, "fold": True},
+    "integer": {"bits": 4, "group_size": 16, "scales": "integer"},
     "16 bits": {},
     "smoothed": {"bits": 4, "group_size": 128, "scope": "sequence"},
 }
@@ -59,15 +60,12 @@ def random_weight(
 def product(
     operand: Tensor, scale: Tensor, routing: Routing, rows_per_token: int, weight: tuple[Tensor, ...]
 ) -> Tensor:
-    from rrsq.kernels.triton.grouped import launch_grouped
-    from rrsq.kernels.triton.grouped_plans import integer_plan
-
     packed, weight_scale, multiplier = weight
     num_experts, out_features, row_bytes = packed.shape
     rows = routing.experts.shape[0]
     plan = integer_plan(routing.block_rows, min(rows, num_experts), out_features, row_bytes)
     out = torch.full((rows, out_features), float("nan"), device=operand.device)
-    launch_grouped(plan, operand, scale, routing, rows_per_token, packed, weight_scale, multiplier, out)
+    launch_integer(plan, operand, scale, routing, rows_per_token, packed, weight_scale, multiplier, out)
     return out
 
 
@@ -120,9 +118,6 @@ def test_floats_against_float64(
     device: torch.device,
 ) -> None:
     """The same for 16-bit activations and for codes with real group scales of eight tokens."""
-    from rrsq.kernels.triton.grouped_float import launch_float
-    from rrsq.kernels.triton.grouped_plans import float_plan
-
     num_experts, out_features, in_features, top_k, shared = shape
     weight = random_weight(num_experts, out_features, in_features, device, group_size)
     experts = choose(tokens, num_experts, top_k, device).flatten()
@@ -173,7 +168,7 @@ def test_results_are_deterministic(
         assert torch.equal(product(operand, scale, route_rows(experts, num_experts), 1, weight), first)
 
 
-def quantized_experts(name: str, device: torch.device, scheme: str = "folded") -> Experts:
+def quantized_experts(name: str, device: torch.device, scheme: str = "integer") -> Experts:
     num_experts, hidden, inner, _ = MIXTURES[name]
     linears = []
     for in_features, out_features, rotation in (

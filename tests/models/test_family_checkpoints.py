@@ -23,7 +23,7 @@ from tiny_quantized import logits_of, random_tokens, recipe_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from rrsq.quantizer.report import QuantizationReport
+    from rrsq.quantizer.outcome import QuantizationReport
     from rrsq.recipe import Recipe
 
 WINDOWS = random_tokens(3, 24, seed=1)

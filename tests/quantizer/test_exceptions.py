@@ -214,7 +214,7 @@ def test_an_odd_number_of_input_channels_is_refused_unless_it_is_kept(tiny_llama
         ("overrides=[{activations: {bits: 8}}]", r"overrides\.0\.match"),
         ("overrides=[{match: '*', activation: {bits: 8}}]", "unknown key 'overrides.0.activation'"),
         ("overrides=[{match: '*', weights: {bits: 16}}]", r"needs activations: \{bits: 16\}"),
-        ("overrides=[{match: '*', activations: {bits: 8, smoothing: {}}}]", "fold: integer needs"),
+        ("overrides=[{match: '*', activations: {bits: 8, smoothing: {}}}]", "scales: integer needs"),
     ],
 )
 def test_an_impossible_exception_is_refused(setting: str, message: str) -> None:

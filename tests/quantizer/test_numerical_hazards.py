@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rrsq.errors import DataError, NonFiniteError
-from rrsq.kernels.eager.packing import CODE_MAX, CODE_MIN
+from rrsq.kernels.packing import CODE_MAX, CODE_MIN
 from rrsq.quantizer.gptq import factor_hessian, gptq_codes
 from rrsq.quantizer.grid import choose_grid, round_to_grid
 from rrsq.quantizer.pipeline import QuantizedModel, quantize_model

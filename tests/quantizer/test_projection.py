@@ -11,7 +11,7 @@ from transformers import LlamaConfig, MixtralConfig
 
 from rrsq.models.llama import LLAMA
 from rrsq.quantizer.pipeline import quantize_model
-from rrsq.quantizer.production.opening import empty_model
+from rrsq.quantizer.production.source import empty_model
 from rrsq.quantizer.projection import projected_memory
 from tensor_bytes import TensorBytes
 from tiny_quantized import recipe_of

@@ -17,8 +17,7 @@ from rrsq.quantizer.calibration.experts import expert_statistics
 from rrsq.quantizer.calibration.statistics import InputStatistics
 from rrsq.quantizer.experts import batches_of_experts
 from rrsq.quantizer.pipeline import quantize_model
-from rrsq.quantizer.production.card import model_card
-from rrsq.quantizer.production.writer import checkpoint_info
+from rrsq.quantizer.production.writer import checkpoint_info, model_card
 from rrsq.quantizer.weights import quantize_weight
 from rrsq.runtime.modules.experts import ExpertLinear, Experts, QuantizedExpertLinear
 from rrsq.runtime.modules.rotation import RotatedLinear

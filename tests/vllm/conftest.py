@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rrsq.quantizer.pipeline import needs_calibration, quantize_model
-from rrsq.quantizer.production.writer import checkpoint_info, write_checkpoint
+from rrsq.quantizer.production.writer import checkpoint_info
 from tiny_families import random_model
-from tiny_quantized import random_tokens, recipe_of
+from tiny_quantized import random_tokens, recipe_of, save_quantized
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -34,8 +34,7 @@ def make(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempP
             quantized = quantize_model(random_model(config), chosen, windows)
             info = checkpoint_info(quantized, seed=0, source_model=name, calibration=None)
             out = tmp_path_factory.mktemp("checkpoint") / "out"
-            write_checkpoint(quantized, tiny_tokenizer, info, out)
-            made[key] = out
+            made[key] = save_quantized(quantized, tiny_tokenizer, info, out)
         return made[key]
 
     return checkpoint

@@ -20,7 +20,7 @@ RECIPES = {
     "default": [],
     "8-bit activations": ["activations={bits: 8}"],
     "16-bit activations": ["activations={bits: 16}"],
-    "real scales": ["activations={bits: 4, smoothing: {fold: none, group_size: 8}}"],
+    "real scales": ["activations={bits: 4, smoothing: {scales: real, group_size: 8}}"],
     "linears in 16 bits": ["modules_to_not_convert=['*.up_proj', '*.down_proj']"],
 }
 

@@ -32,7 +32,7 @@ def check(overrides: list[str], ranks: int = 1, config: Any = None, recipe: str 
 
 def smoothing(**fields: str) -> str:
     text = ", ".join(f"{name}: {value}" for name, value in fields.items())
-    return f"activations={{bits: 4, smoothing: {{fold: none, {text}}}}}"
+    return f"activations={{bits: 4, smoothing: {{scales: real, {text}}}}}"
 
 
 @pytest.mark.parametrize("scope", ["sequence", "block"])
@@ -47,7 +47,7 @@ def test_the_published_recipe() -> None:
 
 
 def test_a_scope_in_an_override() -> None:
-    activations = "{bits: 4, smoothing: {scope: sequence, fold: none}}"
+    activations = "{bits: 4, smoothing: {scope: sequence, scales: real}}"
     with pytest.raises(UsageError, match="share scales over a sequence"):
         check([f"overrides=[{{match: '*.down', activations: {activations}}}]"])
 

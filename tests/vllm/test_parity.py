@@ -65,12 +65,12 @@ RECIPES = {
     "no rotation": ["rotation=null"],
     "no smoothing": ["activations={bits: 4}"],
     "smoothed in part": ["activations={bits: 4, smoothing: {inputs: [o, gate_up]}}"],
-    "real scales": ["activations={bits: 4, smoothing: {fold: none, group_size: 8}}"],
+    "real scales": ["activations={bits: 4, smoothing: {scales: real, group_size: 8}}"],
     "real scales of normed tokens": [
-        "activations={bits: 4, smoothing: {fold: none, group_size: 8, statistic: token_normalized_max}}"
+        "activations={bits: 4, smoothing: {scales: real, group_size: 8, statistic: token_normalized_max}}"
     ],
     "channels in a stored order": [
-        "activations={bits: 4, smoothing: {fold: none, group_size: 8, channel_order: calibrated}}"
+        "activations={bits: 4, smoothing: {scales: real, group_size: 8, channel_order: calibrated}}"
     ],
     "one scale a row": ["weights={group_size: null}"],
 }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rrsq import kernels
-from rrsq.kernels.eager.linear import int8_matmul
+from rrsq.kernels.linear_int8 import int8_matmul
 
 from .problem import GROUP_SIZE, Problem
 from .shapes import LinearShape
@@ -64,11 +64,11 @@ def _rotation(problem: Problem) -> dict[str, object]:
 
 
 def _quantize(problem: Problem) -> tuple[Tensor, Tensor]:
-    return kernels.quantize_folded(problem.x, BITS, GROUP_SIZE, CLIP, **_rotation(problem))  # type: ignore[arg-type]
+    return kernels.quantize_tokens(problem.x, BITS, GROUP_SIZE, CLIP, **_rotation(problem))  # type: ignore[arg-type]
 
 
 def _product(problem: Problem, operand: Tensor, scale: Tensor) -> Tensor:
-    return kernels.linear_folded(
+    return kernels.linear_int8(
         operand,
         scale,
         problem.packed,
@@ -86,7 +86,7 @@ def _ours_product(problem: Problem) -> Call:
 
 
 def _ours_unsmoothed(problem: Problem) -> Call:
-    operand, scale = kernels.quantize_folded(problem.x, BITS, None, CLIP, **_rotation(problem))  # type: ignore[arg-type]
+    operand, scale = kernels.quantize_tokens(problem.x, BITS, None, CLIP, **_rotation(problem))  # type: ignore[arg-type]
     return lambda: _product(problem, operand, scale)
 
 
@@ -95,7 +95,7 @@ def _ours_linear(problem: Problem) -> Call:
 
 
 def _ours_quantization(problem: Problem) -> Call:
-    return lambda: kernels.quantize_folded(problem.x, BITS, GROUP_SIZE, CLIP)[0]
+    return lambda: kernels.quantize_tokens(problem.x, BITS, GROUP_SIZE, CLIP)[0]
 
 
 def _ours_rotated_quantization(problem: Problem) -> Call:
@@ -130,12 +130,12 @@ def _eager_operand(group_size: int | None, rotated: bool) -> Callable[[Problem],
     def quantize(problem: Problem) -> tuple[Tensor, Tensor]:
         rotation = _rotation(problem) if rotated else {}
         with kernels.use_kernels("eager"):
-            return kernels.quantize_folded(problem.x, BITS, group_size, CLIP, **rotation)  # type: ignore[arg-type]
+            return kernels.quantize_tokens(problem.x, BITS, group_size, CLIP, **rotation)  # type: ignore[arg-type]
 
     return quantize
 
 
-def _expected_folded(group_size: int | None) -> Callable[[Problem], Tensor]:
+def _expected_grouped(group_size: int | None) -> Callable[[Problem], Tensor]:
     def expected(problem: Problem) -> Tensor:
         operand, scale = _eager_operand(group_size, True)(problem)
         return (operand.double() * scale.double()[:, None]) @ _weight(problem).T
@@ -226,9 +226,9 @@ CONTENDERS = {
         Contender("cublas", "bfloat16 by the library", _cublas, _expected_floating, 1e-2, weight_bits=16),
         Contender(
             "rrsq",
-            "W4A4 product, folded group scales",
+            "W4A4 product, integer group scales",
             _ours_product,
-            _expected_folded(GROUP_SIZE),
+            _expected_grouped(GROUP_SIZE),
             4e-3,
             turn="product",
         ),
@@ -236,7 +236,7 @@ CONTENDERS = {
             "rrsq-unsmoothed",
             "the same with one scale a token",
             _ours_unsmoothed,
-            _expected_folded(None),
+            _expected_grouped(None),
             4e-3,
             turn="product",
         ),
@@ -244,7 +244,7 @@ CONTENDERS = {
             "rrsq-linear",
             "quantization (and rotation) and product",
             _ours_linear,
-            _expected_folded(GROUP_SIZE),
+            _expected_grouped(GROUP_SIZE),
             4e-3,
         ),
         Contender(

@@ -20,7 +20,7 @@ BUCKETS = (1, 16, 64, 256, 2048, 8192)
 
 
 def _candidates(tokens: int) -> list[object]:
-    from rrsq.kernels.triton.plans import FusedPlan, GemvPlan, TwoPassPlan
+    from rrsq.kernels.plans import FusedPlan, GemvPlan, TwoPassPlan
 
     plans: list[object] = []
     if tokens == 1:
@@ -52,14 +52,13 @@ def tune(shapes: list[LinearShape], device: torch.device, progress: Callable[[st
     """
     if device.type != "cuda":
         raise UsageError("--tune needs a CUDA device: on a CPU there is nothing to choose.")
-    from rrsq.kernels.triton.plans import plan_to_data
-    from rrsq.kernels.triton.tuning import cache_path, reload_tables
+    from rrsq.kernels.plans import cache_path, plan_to_data, reload_tables
 
     path = cache_path(device)
-    table = json.loads(path.read_text()) if path.is_file() else {"linear_folded": {}}
+    table = json.loads(path.read_text()) if path.is_file() else {"linear_int8": {}}
     table["gpu"] = torch.cuda.get_device_name(device)
     for shape in shapes:
-        entries = table["linear_folded"].setdefault(str(shape), {})
+        entries = table["linear_int8"].setdefault(str(shape), {})
         for tokens in BUCKETS:
             progress(f"tuning {shape} for {tokens} tokens")
             plan = _best(make_problems(tokens, shape, device), device, _candidates(tokens))
@@ -71,11 +70,11 @@ def tune(shapes: list[LinearShape], device: torch.device, progress: Callable[[st
 
 
 def _best(problems: list[Problem], device: torch.device, plans: list[object]) -> object:
-    from rrsq.kernels.triton.launch import launch
+    from rrsq.kernels.linear_int8 import launch
 
     inputs = []
     for problem in problems:
-        operand, scale = kernels.quantize_folded(problem.x, 4, 32, 0.95)
+        operand, scale = kernels.quantize_tokens(problem.x, 4, 32, 0.95)
         out = torch.empty(problem.x.shape[0], problem.packed.shape[0], dtype=torch.bfloat16, device=device)
         inputs.append((operand, scale, problem.packed, problem.weight_scale, problem.multiplier, None, out))
     times = {}

@@ -114,7 +114,7 @@ def bench(
     from rrsq.benchmarking.ceilings import measure_ceilings
     from rrsq.benchmarking.contenders import CONTENDERS
     from rrsq.benchmarking.measure import Settings, measure
-    from rrsq.benchmarking.report import BenchmarkReport, plot, tables, to_json
+    from rrsq.benchmarking.speeds import BenchmarkReport, plot, tables, to_json
     from rrsq.benchmarking.tune import tune as find_plans
 
     names = tuple(name for name in against.split(",") if name)

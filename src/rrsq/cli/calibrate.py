@@ -27,17 +27,17 @@ from rrsq.cli.options import (
     DeviceName,
     Model,
     NumSamples,
+    Restart,
     Seed,
     SequenceLength,
     resolve_device,
 )
-from rrsq.errors import InterruptedRunError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor
 
-    from rrsq.diagnostics.report import OutlierReport
+    from rrsq.diagnostics.outliers import OutlierReport
     from rrsq.quantizer.calibration.manifest import CalibrationManifest
     from rrsq.recipe import Recipe
 
@@ -58,6 +58,7 @@ def calibrate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace CALIB if it exists.", rich_help_panel=OUTPUT)
     ] = False,
+    restart: Restart = False,
     hessians: Annotated[
         bool,
         typer.Option(
@@ -90,7 +91,7 @@ def calibrate(
     then needs no text, for any recipe. The stored Hessians are those of the full-precision model; quantize
     by itself uses those of the already quantized layers before each layer, which is a bit more accurate.
 
-    A run that was stopped goes on where it was when the same command is given again.
+    A run that was stopped, however it was, goes on with the same command.
     """
     from rrsq.diagnostics.make_manifest import check_covered
     from rrsq.quantizer.calibration.manifest import MANIFEST_NAME
@@ -98,9 +99,11 @@ def calibrate(
     from rrsq.recipe import load_recipe
     from rrsq.runtime.format.loading import load_tokenizer
     from rrsq.storage import check_output
+    from rrsq.work_folder import was_published
 
     chosen = load_recipe(recipe, assignments or ())
-    check_output(output, overwrite=overwrite, marker=MANIFEST_NAME, kind="a calibration folder")
+    if restart or not was_published(output):
+        check_output(output, overwrite=overwrite, marker=MANIFEST_NAME, kind="a calibration folder")
     quiet_libraries()
     device_name = resolve_device(device)
     check_covered(check_source(model, data_root))
@@ -118,6 +121,8 @@ def calibrate(
             tokenizer,
             windows,
             progress,
+            overwrite=overwrite,
+            restart=restart,
             hessians=hessians,
             source=calibration_data,
             seed=seed,
@@ -138,6 +143,8 @@ def _run(
     windows: Tensor,
     progress: Progress,
     *,
+    overwrite: bool,
+    restart: bool,
     hessians: bool,
     source: str,
     seed: int,
@@ -145,13 +152,13 @@ def _run(
     device: str,
 ) -> tuple[OutlierReport, int]:
     """Load the model, say what the run will take, run, write the report; return it and the folder's bytes."""
-    from rrsq.diagnostics.make_manifest import make_manifest
-    from rrsq.diagnostics.report import read_report
-    from rrsq.diagnostics.run import calibrate_layers
-    from rrsq.diagnostics.work_folder import finished_layers, work_folder
+    from rrsq.diagnostics.layer_pass import calibrate_layers
+    from rrsq.diagnostics.make_manifest import calibration_work, make_manifest
+    from rrsq.diagnostics.outliers import read_report
     from rrsq.diagnostics.write import write_report
     from rrsq.quantizer.calibration.stored import StoredCalibration
     from rrsq.runtime.format.loading import load_model
+    from rrsq.storage import flush
 
     bar = progress.add_task("loading the model", total=None)
     model: Any = load_model(path, device="cpu", data_root=data_root)
@@ -162,18 +169,20 @@ def _run(
     def show(done: int, total: int, text: str) -> None:
         progress.update(bar, completed=done, total=total, description=text)
 
-    done = 0
-    try:
-        with work_folder(output, manifest) as work:
-            done = finished_layers(work, manifest.layers)
-            if done:
-                print_note(f"Going on with an earlier run of this command: {done} layers are done.")
-            calibrate_layers(model, windows, manifest, work, device=device, progress=show)
-            progress.update(bar, description="figures")
-            report = read_report(StoredCalibration(work), windows, tokenizer)
-            write_report(report, work, lambda done, total: show(done, total, "figures"))
-    except KeyboardInterrupt as error:
-        raise _interrupted(output, manifest) from error
+    with calibration_work(output, manifest, restart=restart) as work:
+        if work.manifest.finished:
+            print_note(f"Going on: {work.manifest.finished} of {manifest.layers} layers are finished.")
+        if not work.manifest.whole:
+            calibrate_layers(
+                model, windows, manifest, work.staging, device=device, progress=show, on_layer=work.advance
+            )
+        progress.update(bar, description="figures")
+        report = read_report(StoredCalibration(work.made), windows, tokenizer)
+        if not work.manifest.whole:
+            write_report(report, work.staging, lambda done, total: show(done, total, "figures"))
+            flush(work.staging)
+            work.finish()
+        work.publish(overwrite=overwrite)
     progress.update(bar, description="done")
     return report, sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
 
@@ -185,9 +194,9 @@ def _state_sizes(model: Any, manifest: CalibrationManifest, output: Path) -> Non
     import psutil
 
     from rrsq.diagnostics.sizes import expected_sizes
-    from rrsq.diagnostics.work_folder import work_path
     from rrsq.quantizer.memory import weight_bytes
     from rrsq.storage import check_space
+    from rrsq.work_folder import work_path
 
     loaded = weight_bytes(model)
     expected = expected_sizes(
@@ -214,19 +223,6 @@ def _state_sizes(model: Any, manifest: CalibrationManifest, output: Path) -> Non
             f"The run needs about {human_bytes(expected.memory)} of memory and {human_bytes(available)} are"
             " available. Fewer or shorter windows (--num-samples, --sequence-length) need less."
         )
-
-
-def _interrupted(output: Path, manifest: CalibrationManifest) -> InterruptedRunError:
-    from rrsq.diagnostics.work_folder import finished_layers, work_path
-
-    work = work_path(output)
-    done = finished_layers(work, manifest.layers)
-    if not done:
-        return InterruptedRunError("stopped by the user before a layer was done; nothing was left.")
-    return InterruptedRunError(
-        f"stopped by the user. {done} of {manifest.layers} layers are kept in '{work}': the same command"
-        " goes on from there."
-    )
 
 
 def _worst(report: OutlierReport) -> Table:

@@ -30,7 +30,7 @@ from rrsq.cli.quantization_bars import QuantizationBars
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from rrsq.comparison.run import Listener
+    from rrsq.comparison.steps import Listener
 
 __all__ = ["EXAMPLES", "compare"]
 
@@ -119,9 +119,9 @@ def compare(
     size = parse_batch_size(batch_size)
 
     from rrsq.comparison.plan import ComparisonPlan, read_recipes
-    from rrsq.comparison.report import comparison_markdown, comparison_to_dict
-    from rrsq.comparison.run import compare as run_comparison
-    from rrsq.evaluation.report import jsonable, write_json, write_text
+    from rrsq.comparison.steps import compare as run_comparison
+    from rrsq.comparison.write_up import comparison_markdown, comparison_to_dict
+    from rrsq.evaluation.scores import jsonable, write_json, write_text
     from rrsq.evaluation.tasks import TaskOptions, parse_tasks
     from rrsq.quantizer.production.produce import CalibrationText
 
@@ -163,7 +163,7 @@ class _Bars:
 
     def listener(self) -> Listener:
         """What the comparison tells, shown."""
-        from rrsq.comparison.run import Listener
+        from rrsq.comparison.steps import Listener
 
         return Listener(
             note=self._progress.console.print,

@@ -25,7 +25,7 @@ from rrsq.cli.options import (
 from rrsq.errors import UsageError
 
 if TYPE_CHECKING:
-    from rrsq.evaluation.report import EvaluationReport
+    from rrsq.evaluation.scores import EvaluationReport
 
 __all__ = ["EXAMPLES", "evaluate", "print_report"]
 
@@ -124,8 +124,8 @@ def evaluate(
         raise UsageError(f"--json {json_path}: there is no folder '{json_path.parent}'.")
     size = parse_batch_size(batch_size)
 
-    from rrsq.evaluation.report import EvaluationReport, write_json
     from rrsq.evaluation.run import check_comparison, evaluate_models, prepare_tasks
+    from rrsq.evaluation.scores import EvaluationReport, write_json
     from rrsq.evaluation.tasks import TaskOptions, parse_tasks
 
     options = TaskOptions(

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rrsq.cli.console import human_seconds
-from rrsq.evaluation.report import Difference, EvaluationReport, ModelReport, recovery_text, value_text
+from rrsq.evaluation.scores import Difference, EvaluationReport, ModelReport, recovery_text, value_text
 
 __all__ = ["evaluation_table", "short_names"]
 

@@ -45,8 +45,7 @@ def generate(
     from transformers import TextStreamer
 
     from rrsq.errors import CheckpointError, UsageError
-    from rrsq.quantizer.calibration.windows import check_token_ids
-    from rrsq.runtime.format.loading import first_line, load_model, load_tokenizer
+    from rrsq.runtime.format.loading import check_token_ids, first_line, load_model, load_tokenizer
 
     device_name = resolve_device(device)
     quiet_libraries()

@@ -30,9 +30,9 @@ def inspect(
 
     Only headers are read, so it answers at once whatever the model's size.
     """
-    from rrsq.runtime.format.config_file import read_config
-    from rrsq.runtime.format.contents import checkpoint_contents
+    from rrsq.runtime.format.describe import checkpoint_contents
     from rrsq.runtime.format.format import parse_info
+    from rrsq.runtime.format.json_files import read_config
     from rrsq.runtime.format.loading import is_checkpoint
 
     if not (checkpoint / "config.json").is_file():

@@ -24,6 +24,7 @@ __all__ = [
     "DtypeName",
     "Model",
     "NumSamples",
+    "Restart",
     "Seed",
     "SequenceLength",
     "parse_batch_size",
@@ -93,6 +94,15 @@ SequenceLength = Annotated[int, typer.Option(min=8, help="Tokens in a window.", 
 
 Seed = Annotated[
     int, typer.Option(min=0, help="Of the random signs and the windows' places.", rich_help_panel=DATA)
+]
+
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--restart",
+        help="Throw away what an unfinished run of the same output left, and begin again.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 
 Device = Annotated[

@@ -29,6 +29,7 @@ from rrsq.cli.options import (
     DeviceName,
     Model,
     NumSamples,
+    Restart,
     Seed,
     SequenceLength,
     resolve_device,
@@ -65,14 +66,7 @@ def quantize(
     max_shard_size: Annotated[
         str, typer.Option(help="Largest size of one safetensors file.", rich_help_panel=OUTPUT)
     ] = "5GB",
-    restart: Annotated[
-        bool,
-        typer.Option(
-            "--restart",
-            help="Throw away what an unfinished run of the same OUT left, and begin again.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
+    restart: Restart = False,
     recipe: Annotated[
         str,
         typer.Option(
@@ -154,11 +148,11 @@ def _run(
         open_calibration,
         produce_checkpoint,
     )
-    from rrsq.quantizer.production.work_folder import was_published
     from rrsq.runtime.format.loading import load_tokenizer
     from rrsq.storage import check_output
+    from rrsq.work_folder import was_published
 
-    if not was_published(output.folder):
+    if output.restart or not was_published(output.folder):
         check_output(output.folder, overwrite=output.overwrite)
     quiet_libraries()
     device_name = resolve_device(device)

@@ -8,22 +8,29 @@
     folder/<recipe>/checkpoint/             an ordinary checkpoint
     folder/<recipe>/quantization.json       what it was made of, and how that went
     folder/<recipe>/results.json
+    folder/lock                             while a process is at work
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from rrsq.errors import OutputExistsError, StorageError, UsageError
-from rrsq.evaluation.report import jsonable, write_json
+from rrsq.errors import OutputExistsError, UsageError
+from rrsq.evaluation.scores import jsonable
+from rrsq.storage import storage_errors, write_whole
+from rrsq.work_folder import LOCK, locked
 
 __all__ = ["FULL_PRECISION", "ComparisonFolder", "Target"]
 
 FULL_PRECISION = "full-precision"
 FORMAT = 1
+_MARKER = "comparison.json"
+# What a process that is killed at once leaves.
+_BEGUN = (LOCK, f"{_MARKER}.new")
 
 
 class Target:
@@ -55,7 +62,7 @@ class Target:
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / name, jsonable(record))
+        _write(self.folder / name, jsonable(record))
 
 
 class ComparisonFolder:
@@ -68,31 +75,36 @@ class ComparisonFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def open(self, model: str) -> None:
-        """Make the folder, or go on with it.
+    @contextmanager
+    def opened(self, model: str) -> Iterator[None]:
+        """Make the folder, or go on with it; no other process may meanwhile.
 
         Raises:
             OutputExistsError: it holds something else.
             UsageError: it holds a comparison of another model.
-            StorageError: it cannot be written.
+            StorageError: another process is at work on it, or it cannot be written to.
         """
-        marker = self.path / "comparison.json"
-        foreign = self.path.exists() and not marker.is_file()
-        if foreign and not (self.path.is_dir() and not any(self.path.iterdir())):
-            raise OutputExistsError(
-                f"'{self.path}' exists and is no folder of 'rrsq compare'. Give another folder."
-            )
-        before = _read(marker).get("model")
-        if before is not None and before != model:
-            raise UsageError(
-                f"'{self.path}' holds a comparison of the model '{before}'. Give another folder for"
-                f" '{model}'."
-            )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"'{self.path}' cannot be written: {error.strerror or error}.") from error
-        write_json(marker, {"format": FORMAT, "model": model})
+        marker = self.path / _MARKER
+        with ExitStack() as stack:
+            with storage_errors(self.path):
+                if not marker.is_file() and self._holds_something():
+                    raise OutputExistsError(
+                        f"'{self.path}' exists and is no folder of 'rrsq compare'. Give another folder."
+                    )
+                stack.enter_context(locked(self.path, self.path))
+                before = _read(marker).get("model")
+                if before is not None and before != model:
+                    raise UsageError(
+                        f"'{self.path}' holds a comparison of the model '{before}'. Give another folder for"
+                        f" '{model}'."
+                    )
+                _write(marker, {"format": FORMAT, "model": model})
+            yield
+
+    def _holds_something(self) -> bool:
+        if not self.path.is_dir():
+            return self.path.exists()
+        return any(path.name not in _BEGUN for path in self.path.iterdir())
 
     def target(self, name: str) -> Target:
         """The place of one model."""
@@ -106,3 +118,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    write_whole(path, json.dumps(record, indent=2, allow_nan=False) + "\n")

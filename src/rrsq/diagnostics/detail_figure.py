@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from .analysis import STAGES
 from .figure_style import FIGURE_STYLE, magnitude_norm, plain_numbers, stage_titles
-from .report import InputRow, OutlierReport
+from .outliers import InputRow, OutlierReport
 
 __all__ = ["detail_figure"]
 

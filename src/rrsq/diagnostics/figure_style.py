@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .report import OutlierReport
+from .outliers import OutlierReport
 
 __all__ = ["FIGURE_STYLE", "magnitude_norm", "plain_numbers", "stage_titles", "to_png"]
 

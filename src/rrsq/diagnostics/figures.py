@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .analysis import STAGES
 from .figure_style import FIGURE_STYLE, magnitude_norm, plain_numbers, stage_titles
-from .report import InputRow, OutlierReport
+from .outliers import InputRow, OutlierReport
 
 __all__ = ["channels_figure", "errors_figure", "ratios_figure", "tokens_figure"]
 

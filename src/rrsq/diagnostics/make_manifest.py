@@ -1,7 +1,10 @@
-"""The manifest of a calibration run, from what it is about to do."""
+"""What a calibration run is about to do: as a manifest, and as a work folder to do it in."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,12 +12,14 @@ from torch import Tensor, nn
 from ..errors import UnsupportedArchitectureError
 from ..models import ModelFamily, family_for
 from ..quantizer.calibration.fingerprint import model_fingerprint
-from ..quantizer.calibration.manifest import CalibrationManifest
+from ..quantizer.calibration.manifest import CalibrationManifest, write_manifest
+from ..quantizer.calibration.stored import layer_file
 from ..quantizer.calibration.windows import data_fingerprint
 from ..recipe import Recipe
 from ..storage import library_versions
+from ..work_folder import WorkFolder
 
-__all__ = ["check_covered", "make_manifest"]
+__all__ = ["calibration_work", "check_covered", "make_manifest"]
 
 
 def check_covered(family: ModelFamily) -> None:
@@ -74,3 +79,31 @@ def make_manifest(
         },
         versions=library_versions(),
     )
+
+
+@contextmanager
+def calibration_work(
+    out: Path, manifest: CalibrationManifest, *, restart: bool = False
+) -> Iterator[WorkFolder]:
+    """The work folder of a run, its staging folder with the layers that are finished.
+
+    Raises:
+        RRSQError: as :meth:`WorkFolder.locked` does.
+    """
+    plain = manifest.model_dump(mode="json")
+    text = ("data_source", "data_fingerprint", "num_samples", "sequence_length")
+    identity = {
+        "the recipe": plain["recipe"],
+        "the model": [manifest.config_fingerprint, manifest.weights_fingerprint],
+        "the calibration text": [plain[name] for name in text],
+        "the seed": manifest.seed,
+        "--hessians": manifest.hessians,
+        "the versions of the libraries": manifest.versions,
+    }
+    with WorkFolder.locked(out, "calibration", identity, restart=restart) as work:
+        if not work.manifest.whole:
+            work.staging.mkdir(exist_ok=True)
+            write_manifest(work.staging, manifest)
+        if not all(layer_file(work.made, index).is_file() for index in range(work.manifest.finished)):
+            raise work.damaged()
+        yield work

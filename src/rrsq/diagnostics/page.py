@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 
-from .report import InputRow, OutlierReport
+from .outliers import InputRow, OutlierReport
 
 __all__ = ["Figures", "detail_name", "html_page"]
 

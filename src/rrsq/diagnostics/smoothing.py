@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.eager.activation import folded_scales, smoothing_scale, tokens_per_set
+from ..kernels.codes import integer_scales
+from ..kernels.quantize_smoothed import smoothing_scale, tokens_per_set
 from ..runtime.modules.input import InputScheme
 
 __all__ = ["smooth"]
@@ -14,8 +15,8 @@ __all__ = ["smooth"]
 def smooth(x: Tensor, scheme: InputScheme, channel_order: Tensor | None) -> Tensor:
     """Divide rotated activations by the smoothing scales of a scheme.
 
-    With integer-folded scales that is the division by ``a_i m_ig``, else by ``s_g(T)``
-    (:mod:`rrsq.kernels.eager.activation`). Without smoothing nothing changes.
+    With integer scales that is the division by ``a_i m_ig``, else by ``s_g(T)``
+    (:mod:`rrsq.kernels.codes`, :mod:`rrsq.kernels.quantize_smoothed`). Without smoothing nothing changes.
 
     Args:
         x: float32 ``[tokens, channels]`` of one window, in the original channel order.
@@ -29,8 +30,8 @@ def smooth(x: Tensor, scheme: InputScheme, channel_order: Tensor | None) -> Tens
         return x
     ordered = x if channel_order is None else x[:, channel_order]
     grouped = ordered.view(x.shape[0], -1, scheme.group_size)
-    if scheme.fold:
-        scale, multiplier = folded_scales(grouped.abs().amax(2), scheme.bits, scheme.clip)
+    if scheme.scales == "integer":
+        scale, multiplier = integer_scales(grouped.abs().amax(2), scheme.bits, scheme.clip)
         scales = scale.unsqueeze(1) * multiplier
     else:
         size = tokens_per_set(scheme.scope, x.shape[0])

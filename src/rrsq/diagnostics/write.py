@@ -9,8 +9,8 @@ from pathlib import Path
 from .detail_figure import detail_figure
 from .figure_style import to_png
 from .figures import channels_figure, errors_figure, ratios_figure, tokens_figure
+from .outliers import OutlierReport, write_report_json
 from .page import Figures, detail_name, html_page
-from .report import OutlierReport, write_report_json
 
 __all__ = ["write_report"]
 

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from rrsq.evaluation.logits import LOGITS_PER_CHUNK, logit_chunks
-from rrsq.quantizer.calibration.windows import check_token_ids
+from rrsq.runtime.format.loading import check_token_ids
 
 __all__ = ["PerplexityResult", "ProgressCallback", "perplexity"]
 

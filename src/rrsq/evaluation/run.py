@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rrsq.errors import UsageError
-from rrsq.evaluation.report import ModelReport
 from rrsq.evaluation.results import TaskResult
+from rrsq.evaluation.scores import ModelReport
 from rrsq.evaluation.tasks import Task, TaskOptions
 from rrsq.evaluation.vocabulary import require_same_tokenizer
 

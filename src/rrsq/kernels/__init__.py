@@ -1,37 +1,35 @@
-"""The operations of a quantized linear and the dispatch between their implementations.
+"""The operations of a quantized linear, each with its reference and its kernels in one file.
 
-Activations are ``[tokens, channels]``; weights are packed INT4 (:mod:`.eager.packing`). :mod:`.eager` is the
-reference that every kernel is compared with. Importing this package neither queries CUDA nor imports triton.
+Activations are ``[tokens, channels]``; weights are packed INT4 (:mod:`.packing`). :mod:`.operation` says how
+an operation is defined and how its kernel is chosen. Importing this package does not query CUDA.
 """
 
-from .dispatch import use_kernels
-from .eager.activation import tokens_per_set
-from .eager.packing import pack_int4, unpack_int4
-from .ops import (
-    grouped_linear,
-    hadamard_transform,
-    linear_folded,
-    linear_group_scaled,
-    linear_weight_only,
-    quantize_folded,
-    quantize_smoothed,
-    weight_operand,
-)
-from .report import KernelReport, kernel_report
-from .routing import Routing, route_rows
+from .cache import decode_cache, encode_cache
+from .gptq_block import gptq_block
+from .grouped_linear import Routing, grouped_linear, route_rows
+from .linear_group_scaled import linear_group_scaled
+from .linear_int8 import linear_int8
+from .linear_w4a16 import linear_w4a16
+from .operation import forced_backend, use_kernels
+from .packing import pack_int4, unpack_int4, weight_operand
+from .quantize_smoothed import quantize_smoothed, tokens_per_set
+from .quantize_tokens import quantize_tokens
+from .rotation import hadamard_transform
 
 __all__ = [
-    "KernelReport",
     "Routing",
+    "decode_cache",
+    "encode_cache",
+    "forced_backend",
+    "gptq_block",
     "grouped_linear",
     "hadamard_transform",
-    "kernel_report",
-    "linear_folded",
     "linear_group_scaled",
-    "linear_weight_only",
+    "linear_int8",
+    "linear_w4a16",
     "pack_int4",
-    "quantize_folded",
     "quantize_smoothed",
+    "quantize_tokens",
     "route_rows",
     "tokens_per_set",
     "unpack_int4",

@@ -12,7 +12,7 @@ from ..recipe import KVCache
 from ..runtime.assemble import attach_kv_quantizer
 from ..runtime.kv_cache.rope import KeyRotary
 from .calibration.stream import HiddenStates
-from .report import LayerReport
+from .outcome import LayerReport
 
 __all__ = ["SENSITIVE_KEY_BITS", "quantize_cache", "sensitive_layers"]
 

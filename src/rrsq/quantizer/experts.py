@@ -17,8 +17,7 @@ from ..runtime.rotation.rotations import Rotations
 from ..runtime.scheme import Treatment
 from .calibration.experts import RoutedTokens, expert_statistics, fewest_tokens
 from .calibration.statistics import InputStatistics
-from .cholesky import permuted
-from .weights import quantize_weight
+from .weights import in_order, quantize_weight
 
 __all__ = ["HESSIAN_BYTES", "ExpertsReport", "batches_of_experts", "quantize_experts"]
 
@@ -128,11 +127,8 @@ def _quantize_expert(
     """Quantize one matrix; True if it was rounded to nearest although the recipe asks for GPTQ."""
     sums = None if statistics is None else statistics.hessian
     hessian = None if sums is None else sums.matrix()
-    order = module.input_quantizer.channel_order
-    if order is not None:
-        weight = weight[:, order]
-        hessian = None if hessian is None else permuted(hessian, order)
-    quantized = quantize_weight(weight.detach(), recipe, hessian)
+    weight, hessian = in_order(weight.detach(), hessian, module.input_quantizer.channel_order)
+    quantized = quantize_weight(weight, recipe, hessian)
     module.set_weight(quantized.codes, quantized.scale, quantized.multiplier, (expert,))
     return quantized.fell_back
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import Call, resolve
+from ..kernels import gptq_block
 from .checks import is_finite
 from .cholesky import cholesky_, invert_lower_, permuted, reverse_
 from .grid import WeightGrid, round_to_grid
@@ -103,10 +103,7 @@ def gptq_codes(weight: Tensor, grid: WeightGrid, factor: HessianFactor | None) -
         channels = factor.order[start:stop]
         # Channels are rows in a block, so that each of its steps reads contiguous memory.
         block = W[:, start:stop].t().contiguous()
-        round_block = resolve(
-            Call("gptq_block", W.device, (("block", W.dtype),), (("channels", stop - start),))
-        )
-        block_codes, errors = round_block(
+        block_codes, errors = gptq_block(
             block,
             grid.steps_of(channels, in_features).t().contiguous(),
             factor.upper[start:stop, start:stop],

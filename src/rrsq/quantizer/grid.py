@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.eager.packing import CODE_MAX, CODE_MIN, MULTIPLIER_MAX
+from ..kernels.packing import CODE_MAX, CODE_MIN, MULTIPLIER_MAX
 
 __all__ = ["WeightGrid", "choose_grid", "round_to_grid"]
 

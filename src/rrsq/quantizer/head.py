@@ -15,7 +15,7 @@ from ..runtime.modules.int8_linear import Int8Linear
 from .calibration.precision import calibration_products
 from .calibration.statistics import InputStatistics
 from .calibration.stream import HiddenStates
-from .weights import quantize_weight
+from .weights import quantize_weight, warn_of_fallback
 
 __all__ = ["head_hessian", "quantize_head"]
 
@@ -57,7 +57,10 @@ def quantize_head(
         torch.cat([part.scale for part in parts]),
         torch.cat(multipliers) if multipliers else None,
     )
-    return not any(part.fell_back for part in parts)
+    fell_back = any(part.fell_back for part in parts)
+    if fell_back:
+        warn_of_fallback(f"The output head '{family.head}'")
+    return not fell_back
 
 
 def head_hessian(

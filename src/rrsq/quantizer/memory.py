@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from types import TracebackType
 
+import psutil
 import torch
 from torch import nn
 
-from .report import QuantizationReport
+from .outcome import QuantizationReport
 
 __all__ = ["PeakMemory", "weight_bytes"]
 
@@ -40,7 +40,15 @@ class PeakMemory:
 
     def write(self, report: QuantizationReport) -> None:
         """Peak resident bytes of the process and, on CUDA, peak allocated bytes."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        report.peak_memory = peak if sys.platform == "darwin" else peak * 1024
+        report.peak_memory = _peak_resident()
         if self.device.type == "cuda":
             report.peak_gpu_memory = torch.cuda.max_memory_allocated(self.device)
+
+
+def _peak_resident() -> int:
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Of Unix only.
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -19,31 +19,27 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..models import LinearInput, ModelFamily, family_for
+from ..models import ModelFamily, ModelSizes, family_for
 from ..recipe import Recipe
-from ..runtime.assemble import RotationSigns, key_rotary, quantize_input_modules, treated_inputs
+from ..runtime.assemble import RotationSigns, key_rotary, treated_inputs
+from ..runtime.format.loading import check_token_ids
 from ..runtime.modules.linear import QuantizedLinear
 from ..runtime.rotation.rotations import Rotations, make_rotations
 from ..runtime.scheme import changes_linears, check_recipe, head_is_kept, treatment
 from .cache import SENSITIVE_KEY_BITS, quantize_cache, sensitive_layers
-from .calibration.basis import InputBasis, affine_of_head
-from .calibration.experts import RoutedTokens
-from .calibration.statistics import InputSummary, LayerStatistics
 from .calibration.stored import StoredCalibration
 from .calibration.stream import HiddenStates
-from .calibration.windows import check_token_ids
 from .calibration.workers import ALONE, Workers
-from .checks import check_activations, check_result, check_rope, check_stored
-from .cholesky import permuted
+from .checks import check_result, check_rope, check_stored
+from .dense import quantize_input
 from .experts import HESSIAN_BYTES, quantize_experts
 from .fold.rotations import fold_embedding, fold_head, fold_layer, untie_head
-from .head import head_hessian, quantize_head
-from .measure import measure_layer, stored_statistics
+from .head import quantize_head
 from .memory import PeakMemory
 from .needs import needs_calibration, needs_head_hessian
-from .report import LayerReport, QuantizationReport
+from .observe import Activations, Nothing, RunningText, Step, StoredStatistics
+from .outcome import LayerReport, QuantizationReport
 from .store import InMemoryStore, ModelStore
-from .weights import output_snr_db, quantize_weight
 
 __all__ = ["QuantizedModel", "needs_calibration", "quantize_model"]
 
@@ -105,321 +101,237 @@ def quantize_model(
         UnsupportedArchitectureError: no family is known for the model.
         UsageError: several workers for a mixture of experts, or more than there are windows.
     """
+    family = family_for(model.config)
     check_rope(model.config, recipe)
-    check_recipe(recipe, family_for(model.config), model)
+    check_recipe(recipe, family, model)
     if stored is not None:
         check_stored(stored, recipe, seed)
     elif windows is None and needs_calibration(recipe):
         raise ValueError(f"recipe '{recipe.name}' needs calibration windows")
     if windows is not None:
         check_token_ids(model, windows)
-    if workers.count > 1 and any(entry.experts for entry in family_for(model.config).inputs):
+    if workers.count > 1 and any(entry.experts for entry in family.inputs):
         raise UsageError(
             "The calibration of a mixture of experts cannot be shared by several processes yet. Start one."
         )
+    started = time.perf_counter()
     store = store or InMemoryStore(model)
-    run = _Run(
-        model,
-        recipe,
-        windows,
-        stored,
-        seed,
-        torch.device(device),
-        hessian_bytes,
-        stream_dtype,
-        store,
-        workers,
-        progress,
-    )
-    with run.memory:
-        return run.execute()
-
-
-class _Run:
-    """One quantization run: the state that its steps share."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        recipe: Recipe,
-        windows: Tensor | None,
-        stored: StoredCalibration | None,
-        seed: int,
-        device: torch.device,
-        hessian_bytes: int,
-        stream_dtype: torch.dtype,
-        store: ModelStore,
-        workers: Workers,
-        progress: Progress,
-    ) -> None:
-        config: Any = model.config
-        self.model = model.eval().requires_grad_(False)
-        self.recipe = recipe
-        self.windows = None if windows is None or stored is not None else workers.part(windows)
-        self.stored = stored
-        self.stream_dtype = stream_dtype
-        self.store = store
-        self.workers = workers
-        self.device = device
-        self.hessian_bytes = hessian_bytes
-        self.progress = progress
-        self.family: ModelFamily = family_for(config)
-        self.sizes = self.family.sizes(config)
-        self.rotations = make_rotations(
-            recipe.rotation, self.sizes, seed, folds_residual=self.family.folds_residual
-        )
-        self.report = QuantizationReport(bytes_before=store.bytes_before)
-        self.memory = PeakMemory(device)
-        self.layers: Any = model.get_submodule(self.family.layers)
-        self.steps = 0
-        self.total_steps = 0
-
-    def execute(self) -> QuantizedModel:
-        started = time.perf_counter()
-        self.store.check()
-        if self.rotations.residual is not None or not head_is_kept(self.recipe, self.family):
-            untie_head(self.model, self.family)
-        hidden = self._begin()
-        # Each batch twice, once for adding up what was measured; reading and writing.
-        runs = 0 if hidden is None else 2 * len(hidden.batches) + 1
-        per_layer = [runs + self._inputs_of(layer) + 2 for layer in self.layers]
-        self.total_steps = sum(per_layer)
-        finished = len(self.report.layers)
-        self.steps = sum(per_layer[:finished])
-        for index in range(finished, len(self.layers)):
-            name = self.family.layer_name(index)
-            self.store.open(name)
-            self._quantize_layer(index, self.layers[index], hidden)
-            self.store.close(name)
-            self.store.commit(self.report.layers[-1], None if hidden is None else hidden.stream)
-            self._step(f"{self._name(index)}: written")
-        self._end(hidden)
-        key_bits = self._key_bits()
-        self.report.bytes_after = self.store.bytes_after()
-        self.report.seconds = time.perf_counter() - started
-        self.memory.write(self.report)
-        return QuantizedModel(self.model, self.recipe, self.rotations, key_bits, self.report)
-
-    def _begin(self) -> HiddenStates | None:
-        """Fold the embedding and run the text through it, or take up what an earlier run finished."""
-        paths = [path for path in (self.family.embedding, self.family.positions) if path is not None]
-        progressed = self.store.progressed
-        for path in paths:
-            self.store.open(path)
-        if progressed is not None:
-            self.report.layers = list(progressed.layers)
-            hidden = self._hidden_states(progressed.stream)
-            for path in paths:
-                self.store.drop(path)
-            return hidden
-        for path in self.family.other_modules(self.model):
-            self.store.open(path)
-            self.store.close(path)
-        fold_embedding(self.model, self.family, self.rotations)
-        hidden = self._hidden_states(None)
-        for path in paths:
-            check_result(self.model.get_submodule(path), path)
-            self.store.close(path)
-        self.store.commit(None, None if hidden is None else hidden.stream)
-        return hidden
-
-    def _hidden_states(
-        self, stream: Callable[[tuple[int, ...], torch.dtype], Tensor] | None
-    ) -> HiddenStates | None:
-        if self.windows is None:
-            return None
-        return HiddenStates(
-            self.model,
-            self.family,
-            self.windows,
-            self.device,
-            dtype=self.stream_dtype,
-            allocate=self.store.allocate,
-            stream=stream,
-        )
-
-    def _inputs_of(self, layer: nn.Module) -> int:
-        return len(self.family.inputs_in(layer)) if changes_linears(self.recipe) else 0
-
-    def _end(self, hidden: HiddenStates | None) -> None:
-        """What stands behind the layers: the final norm, the output head, and the rotations' signs."""
-        for path in (self.family.final_norm, self.family.head):
-            self.store.open(path)
-        fold_head(self.model, self.family, self.rotations)
-        self._quantize_head(hidden)
-        if self.recipe.rotation is not None:
-            self.model.rotation_signs = RotationSigns(self.rotations)
-            self.store.close("rotation_signs")
-        for path in (self.family.final_norm, self.family.head):
-            check_result(self.model.get_submodule(path), path)
-            self.store.close(path)
-
-    def _quantize_layer(self, index: int, layer: nn.Module, hidden: HiddenStates | None) -> None:
-        started = time.perf_counter()
-        report = LayerReport(index)
-        name = self._name(index)
-        inputs = treated_inputs(layer, self.family, self.recipe)
-        dtypes = {key: value.dtype for key, value in layer.named_parameters()}
-        layer.to(device=self.device, dtype=torch.float32)
-        if self.recipe.rotation is not None:
-            fold_layer(layer, self.family, self.rotations, self.sizes)
-        self._step(f"{name}: read")
-        linears = tuple(entry for entry in inputs if not entry.experts)
-        mixture = tuple(entry for entry in inputs if entry.experts)
-        rotary = key_rotary(self.model, self.family, index)
-        statistics = LayerStatistics({}, {})
-        routed: RoutedTokens | None = None
-        reference: Tensor | None = None
-        if self.stored is not None:
-            statistics = stored_statistics(
-                self.stored, index, layer, linears, self.family, self.rotations, self.recipe, self.device
-            )
-        elif hidden is not None:
-            attention = layer.get_submodule(self.family.attention)
-            measured = measure_layer(
-                layer,
-                inputs,
-                attention,
-                rotary,
-                hidden,
-                self.recipe,
-                self.device,
-                lambda: self._step(f"{name}: statistics"),
-                self.workers,
-            )
-            statistics, routed, reference = measured.statistics, measured.routed, measured.reference
-            del measured
-        if self.recipe.kv_cache is not None:
-            report.cache_error = quantize_cache(
-                layer,
-                self.family,
-                self.recipe.kv_cache,
-                self.sizes,
-                rotary,
-                statistics.means,
-                hidden,
-                self.device,
-            )
-        for entry in linears:
-            self._quantize_input(layer, entry, statistics.inputs.pop(entry.path, None), report)
-            self._step(f"{name}: weights")
-        if mixture:
-            self._quantize_experts(layer, mixture, routed, report)
-        for _ in mixture:
-            self._step(f"{name}: weights")
-        self.workers.share(layer)
-        if hidden is not None and reference is not None:
-            self.store.before_advance()
-            output = hidden.advance(layer, lambda: self._step(f"{name}: outputs"))
-            check_activations(output, f"Layer {index}, output")
-            report.output_snr_db = _snr_db(reference, output)
-        _restore_dtypes(layer, dtypes)
-        check_result(layer, self.family.layer_name(index))
-        layer.to("cpu")
+    plan = _Plan.of(model.eval().requires_grad_(False), recipe, family, seed, torch.device(device))
+    report = QuantizationReport(bytes_before=store.bytes_before)
+    with PeakMemory(plan.device) as memory:
+        store.check()
+        if plan.rotations.residual is not None or not head_is_kept(recipe, family):
+            untie_head(model, family)
+        _begin(plan, store, report)
+        activations = _activations(plan, stored, windows, store, workers, stream_dtype)
+        _leave_embedding(plan, store, activations)
+        steps = _Steps([_steps_of(plan, layer, activations) for layer in plan.layers], progress)
+        steps.skip(len(report.layers))
+        for index in range(len(report.layers), len(plan.layers)):
+            name = family.layer_name(index)
+            store.open(name)
+            step = steps.of_layer(index)
+            done = _quantize_layer(plan, index, activations, workers, hessian_bytes, step)
+            report.layers.append(done)
+            store.close(name)
+            hidden = activations.hidden
+            store.commit(done, None if hidden is None else hidden.stream)
+            step("written")
+        _end(plan, store, activations, report)
+        key_bits = _key_bits(plan, report)
+        report.bytes_after = store.bytes_after()
         report.seconds = time.perf_counter() - started
-        self.report.layers.append(report)
+        memory.write(report)
+    return QuantizedModel(model, recipe, plan.rotations, key_bits, report)
 
-    def _quantize_input(
-        self, layer: nn.Module, entry: LinearInput, statistics: InputSummary | None, report: LayerReport
-    ) -> None:
-        how = treatment(self.recipe, self.family.layer_name(report.index), entry)
-        absmax = None if statistics is None else statistics.absmax
-        if absmax is not None:
-            check_activations(absmax, f"Layer {report.index}, input '{entry.path}'")
-        parent = layer.get_submodule(entry.parent)
-        originals = [getattr(parent, name) for name in how.linears]
-        replaced = quantize_input_modules(layer, entry, how, self.rotations)
-        if not replaced:
-            return
-        weight = torch.cat([linear.weight.detach() for linear in originals])
-        biases = [linear.bias for linear in originals]
-        del originals  # The copy is enough.
-        quantizer: Any = getattr(parent, entry.quantizer_name)
-        hessian = None
-        if statistics is not None and statistics.hessian is not None:
-            hessian = statistics.hessian.matrix()
-        del statistics  # The matrix is enough: there is room for one of them on a GPU.
-        if quantizer.scheme.stores_order and absmax is not None:
-            order = absmax.argsort(stable=True)
-            quantizer.channel_order.copy_(order)
-            weight = weight[:, order]
-            hessian = None if hessian is None else permuted(hessian, order)
-        quantized = quantize_weight(weight, how.weights, hessian)
-        quantized.store(list(replaced.values()))
-        snr_db = None if hessian is None else output_snr_db(weight, quantized.values(), hessian)
-        if snr_db is not None:
-            report.weight_snr_db[entry.path] = snr_db
-        for linear, bias in zip(replaced.values(), biases, strict=True):
-            if bias is not None and linear.bias is not None:
-                linear.bias.copy_(bias.detach())
-        quantizer.to(self.device)
-        for linear in replaced.values():
-            linear.to(self.device)
-        if quantized.fell_back:
-            report.fallbacks.append(entry.path)
-            self._warn_of_fallback(f"Layer {report.index}, input '{entry.path}'")
 
-    def _quantize_head(self, hidden: HiddenStates | None) -> None:
-        hessian = None
-        if needs_head_hessian(self.recipe) and not head_is_kept(self.recipe, self.family):
-            if self.stored is not None:
-                basis = InputBasis.of_head(self.rotations, affine_of_head(self.model, self.family))
-                hessian = self.stored.head_hessian(basis, device=self.device)
-            elif hidden is not None:
-                hessian = head_hessian(self.model, self.family, hidden, self.device)
-        if not quantize_head(self.model, self.family, self.recipe, hessian, self.device):
-            self.report.head_fell_back = True
-            self._warn_of_fallback(f"The output head '{self.family.head}'")
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done to which model, known before anything is."""
 
-    @staticmethod
-    def _warn_of_fallback(what: str) -> None:
-        warnings.warn(
-            f"{what}: the Hessian could not be factored (it is zero or not finite, or 1000 times the damping"
-            " did not help); its weights were rounded to nearest.",
-            stacklevel=2,
+    model: nn.Module
+    layers: Any
+    recipe: Recipe
+    family: ModelFamily
+    sizes: ModelSizes
+    rotations: Rotations
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, recipe: Recipe, family: ModelFamily, seed: int, device: torch.device
+    ) -> _Plan:
+        sizes = family.sizes(model.config)
+        rotations = make_rotations(recipe.rotation, sizes, seed, folds_residual=family.folds_residual)
+        layers = model.get_submodule(family.layers)
+        return cls(model, layers, recipe, family, sizes, rotations, device)
+
+    @property
+    def embeddings(self) -> list[str]:
+        """Paths of the modules that make the residual stream."""
+        return [path for path in (self.family.embedding, self.family.positions) if path is not None]
+
+
+class _Steps:
+    """Progress: counts the steps of all layers."""
+
+    def __init__(self, per_layer: list[int], progress: Progress) -> None:
+        self.per_layer = per_layer
+        self.progress = progress
+        self.done = 0
+
+    def skip(self, layers: int) -> None:
+        """The first layers are finished already."""
+        self.done = sum(self.per_layer[:layers])
+
+    def of_layer(self, index: int) -> Step:
+        """What a layer's steps are reported to."""
+
+        def step(text: str) -> None:
+            self.done += 1
+            self.progress(self.done, sum(self.per_layer), f"layer {index + 1}/{len(self.per_layer)}: {text}")
+
+        return step
+
+
+def _steps_of(plan: _Plan, layer: nn.Module, activations: Activations) -> int:
+    """Steps of progress of one layer: those of the text, one an input, reading and writing."""
+    inputs = len(plan.family.inputs_in(layer)) if changes_linears(plan.recipe) else 0
+    return activations.steps + inputs + 2
+
+
+def _begin(plan: _Plan, store: ModelStore, report: QuantizationReport) -> None:
+    """Rotate the embedding, or take up what an earlier run finished."""
+    for path in plan.embeddings:
+        store.open(path)
+    if store.progressed is not None:
+        report.layers = list(store.progressed.layers)
+        return
+    for path in plan.family.other_modules(plan.model):
+        store.open(path)
+        store.close(path)
+    fold_embedding(plan.model, plan.family, plan.rotations)
+
+
+def _activations(
+    plan: _Plan,
+    stored: StoredCalibration | None,
+    windows: Tensor | None,
+    store: ModelStore,
+    workers: Workers,
+    stream_dtype: torch.dtype,
+) -> Activations:
+    """Where this run learns of activations; text is embedded here, or taken up behind the finished layers."""
+    if stored is not None:
+        return StoredStatistics(stored, plan.recipe, plan.family, plan.rotations, plan.device)
+    if windows is None:
+        return Nothing()
+    hidden = HiddenStates(
+        plan.model,
+        plan.family,
+        workers.part(windows),
+        plan.device,
+        dtype=stream_dtype,
+        allocate=store.allocate,
+        stream=None if store.progressed is None else store.progressed.stream,
+    )
+    return RunningText(hidden, plan.recipe, plan.family, plan.device, workers, store.before_advance)
+
+
+def _leave_embedding(plan: _Plan, store: ModelStore, activations: Activations) -> None:
+    """The text is through the embedding: it is finished, or was before."""
+    for path in plan.embeddings:
+        if store.progressed is not None:
+            store.drop(path)
+        else:
+            check_result(plan.model.get_submodule(path), path)
+            store.close(path)
+    if store.progressed is None:
+        hidden = activations.hidden
+        store.commit(None, None if hidden is None else hidden.stream)
+
+
+def _quantize_layer(
+    plan: _Plan, index: int, activations: Activations, workers: Workers, hessian_bytes: int, step: Step
+) -> LayerReport:
+    """Rotate, observe and quantize one decoder layer, and run the text through it."""
+    started = time.perf_counter()
+    report = LayerReport(index)
+    layer, family, recipe, device = plan.layers[index], plan.family, plan.recipe, plan.device
+    name = family.layer_name(index)
+    inputs = treated_inputs(layer, family, recipe)
+    dtypes = {key: value.dtype for key, value in layer.named_parameters()}
+    layer.to(device=device, dtype=torch.float32)
+    if recipe.rotation is not None:
+        fold_layer(layer, family, plan.rotations, plan.sizes)
+    step("read")
+    rotary = key_rotary(plan.model, family, index)
+    known = activations.of_layer(index, layer, inputs, rotary, step)
+    if recipe.kv_cache is not None:
+        means, hidden = known.statistics.means, activations.hidden
+        report.cache_error = quantize_cache(
+            layer, family, recipe.kv_cache, plan.sizes, rotary, means, hidden, device
         )
-
-    def _quantize_experts(
-        self,
-        layer: nn.Module,
-        mixture: tuple[LinearInput, ...],
-        routed: RoutedTokens | None,
-        report: LayerReport,
-    ) -> None:
-        name = self.family.layer_name(report.index)
-        treatments = {entry: treatment(self.recipe, name, entry) for entry in mixture}
-        done = quantize_experts(layer, treatments, self.rotations, routed, self.device, self.hessian_bytes)
-        report.undersampled_experts = done.undersampled
-        report.fallbacks += done.fallbacks
-        for message in done.messages(report.index):
-            warnings.warn(message, stacklevel=2)
-
-    def _key_bits(self) -> list[int]:
-        """Key bits of each layer; the layers the 4-bit cache hurts most get 8 if the recipe grants it."""
-        cache = self.recipe.kv_cache
-        if cache is None:
-            return []
-        bits: list[int] = [cache.keys.bits] * len(self.layers)
-        self.report.sensitive_layers = sensitive_layers(cache, self.report.layers)
-        for index in self.report.sensitive_layers:
-            bits[index] = SENSITIVE_KEY_BITS
-            attention: Any = self.layers[index].get_submodule(self.family.attention)
-            # A layer that an earlier run finished has none here; a checkpoint says it by the list of bits.
-            if hasattr(attention, "kv_quantizer"):
-                attention.kv_quantizer.keys.set_bits(SENSITIVE_KEY_BITS)
-        return bits
-
-    def _name(self, index: int) -> str:
-        return f"layer {index + 1}/{len(self.layers)}"
-
-    def _step(self, text: str) -> None:
-        self.steps += 1
-        self.progress(self.steps, self.total_steps, text)
+    for entry in inputs:
+        if not entry.experts:
+            how = treatment(recipe, name, entry)
+            # Not kept here: there is room for one Hessian on a GPU.
+            summaries = known.statistics.inputs
+            done = quantize_input(
+                layer, index, entry, how, plan.rotations, summaries.pop(entry.path, None), device
+            )
+            report.add(entry.path, done.snr_db, fell_back=done.fell_back)
+            step("weights")
+    mixture = {entry: treatment(recipe, name, entry) for entry in inputs if entry.experts}
+    if mixture:
+        experts = quantize_experts(layer, mixture, plan.rotations, known.routed, device, hessian_bytes)
+        report.undersampled_experts = experts.undersampled
+        report.fallbacks += experts.fallbacks
+        for message in experts.messages(index):
+            warnings.warn(message, stacklevel=3)
+    for _ in mixture:
+        step("weights")
+    workers.share(layer)
+    report.output_snr_db = activations.advance(index, layer, known.reference, step)
+    _restore_dtypes(layer, dtypes)
+    check_result(layer, name)
+    layer.to("cpu")
+    report.seconds = time.perf_counter() - started
+    return report
 
 
-def _snr_db(reference: Tensor, output: Tensor) -> float:
-    noise = (output - reference).double().square().sum().clamp_min(1e-30)
-    return float(10 * torch.log10(reference.double().square().sum().clamp_min(1e-30) / noise))
+def _end(plan: _Plan, store: ModelStore, activations: Activations, report: QuantizationReport) -> None:
+    """What stands behind the layers: the final norm, the output head, and the rotations' signs."""
+    model, family, recipe = plan.model, plan.family, plan.recipe
+    for path in (family.final_norm, family.head):
+        store.open(path)
+    fold_head(model, family, plan.rotations)
+    hessian = None
+    if needs_head_hessian(recipe) and not head_is_kept(recipe, family):
+        hessian = activations.head_hessian(model)
+    report.head_fell_back = not quantize_head(model, family, recipe, hessian, plan.device)
+    if recipe.rotation is not None:
+        model.rotation_signs = RotationSigns(plan.rotations)
+        store.close("rotation_signs")
+    for path in (family.final_norm, family.head):
+        check_result(model.get_submodule(path), path)
+        store.close(path)
+
+
+def _key_bits(plan: _Plan, report: QuantizationReport) -> list[int]:
+    """Key bits of each layer; the layers the 4-bit cache hurts most get 8 if the recipe grants it."""
+    cache = plan.recipe.kv_cache
+    if cache is None:
+        return []
+    bits: list[int] = [cache.keys.bits] * len(plan.layers)
+    report.sensitive_layers = sensitive_layers(cache, report.layers)
+    for index in report.sensitive_layers:
+        bits[index] = SENSITIVE_KEY_BITS
+        attention: Any = plan.layers[index].get_submodule(plan.family.attention)
+        # A layer that an earlier run finished has none here; a checkpoint says it by the list of bits.
+        if hasattr(attention, "kv_quantizer"):
+            attention.kv_quantizer.keys.set_bits(SENSITIVE_KEY_BITS)
+    return bits
 
 
 def _restore_dtypes(layer: nn.Module, dtypes: dict[str, torch.dtype]) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..models import LinearInput, ModelFamily, family_for
 from ..recipe import Recipe
-from ..runtime.scheme import treatment
+from ..runtime.scheme import sections, treatment
 from .calibration.hessian import SymmetricSum
 from .experts import HESSIAN_BYTES, batches_of_experts
 from .needs import needs_hessian
@@ -42,6 +42,7 @@ class ProjectedMemory:
         activations: the residual stream of all calibration text, in memory or in a mapped file.
         routed: of ``host``, what goes into the experts of a layer.
         offloaded: the latter.
+        working: what the eager reference needs to quantize the activations of a batch, on a CPU.
     """
 
     device: int
@@ -49,11 +50,14 @@ class ProjectedMemory:
     activations: int
     routed: int = 0
     offloaded: bool = False
+    working: int = 0
 
     def memory(self, device: str) -> int:
         """Bytes of ordinary memory, for ``cpu`` or ``cuda``."""
         kept = 0 if self.offloaded else self.activations
-        return kept + (max(self.device + self.routed, self.host) if device == "cpu" else self.host)
+        return kept + (
+            max(self.device + self.routed + self.working, self.host) if device == "cpu" else self.host
+        )
 
     def describe(self, device: str) -> str:
         """One line for the user."""
@@ -94,7 +98,11 @@ def projected_memory(
         *(_bytes(module) for module in others),
         _bytes(ends[0]) + 3 * _FLOAT * batch * hidden,
     )
-    return ProjectedMemory(device, host, samples * tokens * hidden * _STREAM, routed, offloaded)
+    # Rotated, scaled and rounded copies of the widest input, two at a time beside what is counted as its own.
+    widest = max(e.shape(layer)[0] for _, layer in distinct.values() for e in family.inputs_in(layer))
+    quantized = any(activations.bits < 16 for _, activations in sections(recipe))
+    working = 2 * _FLOAT * batch * widest * quantized
+    return ProjectedMemory(device, host, samples * tokens * hidden * _STREAM, routed, offloaded, working)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .checks import check_finite
 from .memory import weight_bytes
-from .report import LayerReport
+from .outcome import LayerReport
 
 __all__ = ["InMemoryStore", "ModelStore", "Progressed"]
 

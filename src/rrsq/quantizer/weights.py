@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 from ..recipe import Weights
 from ..runtime.modules.linear import QuantizedLinear
 from ..runtime.scheme import group_size_for
+from .cholesky import permuted
 from .gptq import factor_hessian, gptq_codes
 from .grid import WeightGrid, choose_grid, round_to_grid
 
-__all__ = ["QuantizedWeight", "output_snr_db", "quantize_weight"]
+__all__ = ["QuantizedWeight", "in_order", "output_snr_db", "quantize_weight", "warn_of_fallback"]
 
 
 _ELEMENTS_AT_ONCE = 2**24
@@ -50,6 +52,13 @@ class QuantizedWeight:
             multiplier = None if self.multiplier is None else self.multiplier[rows]
             linear.set_weight(self.codes[rows], self.scale[rows], multiplier)
             start += linear.out_features
+
+
+def in_order(weight: Tensor, hessian: Tensor | None, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A weight ``[out, in]`` and its input's Hessian in a stored order of the channels, if there is one."""
+    if order is None:
+        return weight, hessian
+    return weight[:, order], None if hessian is None else permuted(hessian, order)
 
 
 def quantize_weight(weight: Tensor, recipe: Weights, hessian: Tensor | None) -> QuantizedWeight:
@@ -98,3 +107,12 @@ def output_snr_db(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float | N
             error += energy(exact - near)
         ratio = float(10 * torch.log10(signal.clamp_min(1e-30) / error.clamp_min(1e-30)))
     return ratio if math.isfinite(ratio) else None
+
+
+def warn_of_fallback(what: str) -> None:
+    """Tell the user that weights were rounded to nearest although the recipe asks for GPTQ."""
+    warnings.warn(
+        f"{what}: the Hessian could not be factored (it is zero or not finite, or 1000 times the damping"
+        " did not help); its weights were rounded to nearest.",
+        stacklevel=3,
+    )

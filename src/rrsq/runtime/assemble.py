@@ -144,9 +144,9 @@ def settle(model: nn.Module) -> None:
         if isinstance(module, FusedLinears):
             module.join()
         elif isinstance(module, PackedWeight) and module.input_quantizer.rotation is not None:
-            module.input_quantizer.rotation.base(module.weight_packed.device)
+            module.input_quantizer.rotation.follow(module.weight_packed.device)
         elif isinstance(module, RotatedLinear):
-            module.rotation.base(module.weight.device)
+            module.rotation.follow(module.weight.device)
 
 
 def key_rotary(model: nn.Module, family: ModelFamily, index: int) -> KeyRotary | None:

@@ -145,7 +145,7 @@ def input_scheme(activations: Activations, entry: LinearInput, channels: int) ->
         group_size=smoothing.group_size,
         scope=smoothing.scope,
         statistic=smoothing.statistic,
-        fold=smoothing.fold == "integer",
+        scales=smoothing.scales,
         channel_order=smoothing.channel_order,
     )
 

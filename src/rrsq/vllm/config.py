@@ -15,10 +15,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 
 from ..models import ModelFamily, family_for
-from ..runtime.format.config_file import read_config
-from ..runtime.format.consistency import check_description
 from ..runtime.format.format import QUANT_METHOD, CheckpointInfo, parse_info
-from ..runtime.format.shards import check_layers
+from ..runtime.format.json_files import read_config
+from ..runtime.format.validate import check_description, check_layers
 from ..runtime.scheme import head_is_kept
 from .experts import RRSQExpertsMethod
 from .head import HeadMethod

@@ -12,11 +12,10 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 from ..errors import ModelLoadError, UsageError
-from ..runtime.format.config_file import read_config
-from ..runtime.format.consistency import check_description
 from ..runtime.format.format import parse_info
+from ..runtime.format.json_files import read_config
 from ..runtime.format.loading import is_checkpoint, load_config
-from ..runtime.format.shards import check_layers
+from ..runtime.format.validate import check_description, check_layers
 from .limits import check_servable
 
 __all__ = ["TESTED_VERSION", "Launch", "check_checkpoint", "check_installation", "plan_launch"]

@@ -22,7 +22,7 @@ from ..errors import CheckpointError
 from ..models import LinearInput
 from ..runtime.format.format import CheckpointInfo
 from ..runtime.format.integration import assemble_model
-from ..runtime.format.values import check_values
+from ..runtime.format.validate import check_values
 from ..runtime.modules.rotation import online_rotation
 from ..runtime.rotation.rotations import Rotations
 from .experts import load_experts

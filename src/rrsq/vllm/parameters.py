@@ -14,7 +14,7 @@ from vllm.model_executor.parameter import (
     ModelWeightParameter,
 )
 
-from ..kernels.eager.packing import pack_block, pack_int4, unpack_int4
+from ..kernels.packing import pack_block, pack_int4, unpack_int4
 
 __all__ = [
     "Multipliers",
@@ -72,7 +72,7 @@ class _SomeShards(BasevLLMParameter):
 
 
 class Packed(_SomeShards, ModelWeightParameter):
-    """uint8 ``[out, in/2]``, layout of :mod:`rrsq.kernels.eager.packing`."""
+    """uint8 ``[out, in/2]``, layout of :mod:`rrsq.kernels.packing`."""
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
         channels = 2 * self.data.shape[1]

@@ -17,7 +17,7 @@ from rrsq.quantizer.calibration.manifest import MANIFEST_NAME, read_manifest
 from rrsq.quantizer.calibration.stored import StoredCalibration, layer_file
 from rrsq.quantizer.calibration.stream import HiddenStates, collect_inputs
 from rrsq.quantizer.fold.rotations import fold_embedding, fold_head, fold_layer, untie_head
-from rrsq.quantizer.measure import stored_statistics
+from rrsq.quantizer.observe import stored_statistics
 from rrsq.quantizer.pipeline import quantize_model
 from rrsq.quantizer.weights import quantize_weight
 from rrsq.runtime.rotation.rotations import make_rotations

@@ -16,7 +16,7 @@ from rrsq.quantizer.calibration.stream import HiddenStates
 from rrsq.quantizer.calibration.triangle import unpack_symmetric
 from rrsq.quantizer.fold.rotations import fold_embedding, fold_head, fold_layer, untie_head
 from rrsq.quantizer.head import head_hessian
-from rrsq.quantizer.measure import measure_layer, stored_statistics
+from rrsq.quantizer.observe import measure_layer, stored_statistics
 from rrsq.recipe import Rotation
 from rrsq.runtime.assemble import key_rotary
 from rrsq.runtime.rotation.rotations import Rotations, make_rotations

@@ -14,7 +14,7 @@ from killed_run import produce, started
 from rrsq.errors import UsageError
 from rrsq.quantizer.calibration.workers import Workers
 from rrsq.quantizer.pipeline import quantize_model
-from rrsq.quantizer.production.work_folder import work_path
+from rrsq.work_folder import work_path
 from tiny_families import tiny_model
 from tiny_quantized import random_tokens, recipe_of
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from killed_run import begun, produce, started
 from rrsq.errors import ResumeError, StorageError
-from rrsq.quantizer.production.work_folder import work_path
+from rrsq.work_folder import work_path
 
 KILLS = 20
 LONG = 150  # Windows that take the tiny model long enough for a test to step in.
@@ -26,7 +26,13 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 
 def finished_layers(out: Path) -> int:
     manifest = work_path(out) / "manifest.json"
-    return len(json.loads(manifest.read_text())["layers"] or ()) if manifest.exists() else 0
+    return json.loads(manifest.read_text())["finished"] if manifest.exists() else 0
+
+
+def written_at(folder: Path) -> dict[Path, int]:
+    """The times of all files but the lock, which a killed process leaves and the next one takes away."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 def stopped(model: Path, out: Path, **options: Any) -> None:
@@ -95,12 +101,12 @@ def test_another_request_is_refused_and_nothing_is_lost(
         tensors = load_file(model / "model.safetensors")
         tensors["model.norm.weight"][3] += 0.5
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    before = {path: path.stat().st_mtime_ns for path in work_path(out).rglob("*") if path.is_file()}
+    before = written_at(work_path(out))
     options = {"windows": LONG, **change}
     with pytest.raises(ResumeError, match=f"since then {named} changed.*--restart") as caught:
         produce(model, out, **options)
     assert caught.value.exit_code == 2
-    assert {path: path.stat().st_mtime_ns for path in work_path(out).rglob("*") if path.is_file()} == before
+    assert written_at(work_path(out)) == before
     produce(model, out, restart=True, **{**options, "windows": 4})
     assert (out / "config.json").is_file()
     assert not work_path(out).exists()
@@ -126,12 +132,17 @@ def test_damage_in_the_work_folder_is_seen(tiny_llama_dir: Path, tmp_path: Path)
     out = tmp_path / "out"
     stopped(tiny_llama_dir, out)
     manifest = json.loads((work_path(out) / "manifest.json").read_text())
-    assert "model.layers.0" in manifest["digests"]
-    for shard in (work_path(out) / "out").glob("*.safetensors"):
+    assert "model.layers.0" in manifest["record"]["digests"]
+    shards = list((work_path(out) / "out").glob("*.safetensors"))
+    for shard in shards:
         data = bytearray(shard.read_bytes())
         data[-1] ^= 1
         shard.write_bytes(bytes(data))
-    with pytest.raises(StorageError, match=r"is damaged.*--restart"):
+    with pytest.raises(StorageError, match=r"unfinished quantization, is damaged.*--restart"):
+        produce(tiny_llama_dir, out, windows=LONG)
+    for shard in shards:
+        shard.unlink()
+    with pytest.raises(StorageError, match=r"unfinished quantization, is damaged.*--restart"):
         produce(tiny_llama_dir, out, windows=LONG)
 
 
@@ -150,19 +161,19 @@ def test_a_run_that_is_stopped_before_a_layer_is_finished_leaves_nothing(
 def test_a_full_disk_leaves_a_folder_to_go_on_from(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rrsq.quantizer.production.work_folder import WorkFolder
+    from rrsq.quantizer.production.streaming import StreamFiles
 
     produce(tiny_llama_dir, tmp_path / "whole")
-    write = WorkFolder.write_stream
+    write = StreamFiles.write
 
-    def fill(self: WorkFolder, stream: Any, finished: int, rank: int) -> None:
+    def fill(self: StreamFiles, stream: Any, finished: int) -> None:
         if finished == 2:
             raise OSError(28, "No space left on device")
-        write(self, stream, finished, rank)
+        write(self, stream, finished)
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "write_stream", fill)
+        patch.setattr(StreamFiles, "write", fill)
         with pytest.raises(StorageError, match=r"is full\. Finished layers are kept in"):
             produce(tiny_llama_dir, out)
     assert finished_layers(out) == 1

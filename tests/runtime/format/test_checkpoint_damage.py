@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import rrsq
 from rrsq.errors import CheckpointError, ModelLoadError
 from rrsq.runtime.format.format import parse_info
-from rrsq.runtime.format.validate import read_header
+from rrsq.runtime.format.shards import read_header
 
 PACKED = "model.layers.0.mlp.up_proj.weight_packed"
 
@@ -107,10 +107,10 @@ def test_a_wrong_dtype(load: Callable[[Path], Any], damaged: Path, name: str, dt
     refuse(load, damaged, f"'{name}' of the checkpoint has dtype")
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None])
+@pytest.mark.parametrize("version", [3, 1, 0, "2", True, None])
 def test_an_unknown_format_version(load: Callable[[Path], Any], damaged: Path, version: object) -> None:
     change_config(damaged, lambda config: config.update(format_version=version))
-    refuse(load, damaged, f"format version {version!r}; this rrsq reads version 1")
+    refuse(load, damaged, f"format version {version!r}; this rrsq reads version 2")
 
 
 @pytest.mark.parametrize(
@@ -224,17 +224,25 @@ def test_a_header_longer_than_the_file(tmp_path: Path) -> None:
 
 
 def test_a_header_says_what_the_file_holds(tmp_path: Path) -> None:
-    tensors = {"a": torch.zeros(2, 3, dtype=torch.uint8), "b": torch.zeros(4)}
+    tensors = {"a": torch.arange(6, dtype=torch.uint8).view(2, 3), "b": torch.rand(4)}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    header = read_header(tmp_path / "x.safetensors")
-    assert {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} == {
-        "a": ("U8", [2, 3]),
-        "b": ("F32", [4]),
+    places = read_header(tmp_path / "x.safetensors")
+    assert {name: (place.dtype, place.shape, place.size) for name, place in places.items()} == {
+        "a": ("U8", (2, 3), 6),
+        "b": ("F32", (4,), 16),
     }
+    assert all(torch.equal(place.read(), tensors[name]) for name, place in places.items())
 
 
 @pytest.mark.parametrize(
-    "data", [{}, {"format_version": 1}, {"format_version": 1, "recipe": 5, "rotation": {}}]
+    "data",
+    [
+        {},
+        {"format_version": 2},
+        {"format_version": 2, "recipe": 5, "rotation": {}},
+        {"format_version": 2, "recipe": {"overrides": [5], "activations": {"smoothing": 5}}, "rotation": {}},
+        {"format_version": 2, "recipe": {"activations": {"smoothing": {"fold": "none"}}}, "rotation": {}},
+    ],
 )
 def test_a_configuration_without_content(data: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError):

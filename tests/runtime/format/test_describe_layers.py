@@ -87,8 +87,8 @@ def test_inspect_has_the_same_table(qwen2_checkpoint: Path) -> None:
     ],
 )
 def test_the_cards_tags_are_the_recipes(name: str, tags: list[str]) -> None:
-    from rrsq.quantizer.production.card import model_card
-    from rrsq.quantizer.report import QuantizationReport
+    from rrsq.quantizer.outcome import QuantizationReport
+    from rrsq.quantizer.production.writer import model_card
 
     info = CheckpointInfo(recipe=recipe_of(name), rotation=RotationInfo(), source_model="source: odd")
     head = yaml.safe_load(model_card(info, QuantizationReport()).split("---\n")[1])

@@ -22,7 +22,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W4A16": {"bits": 16},
     "A4 a token": {"bits": 4},
     "A8 a token": {"bits": 8},
-    "folded 16": {"bits": 4, "group_size": 16, "fold": True},
+    "integer 16": {"bits": 4, "group_size": 16, "scales": "integer"},
     "token, real scales": {"bits": 4, "group_size": 8},
     "block": {"bits": 4, "group_size": 8, "scope": "block"},
     "sequence": {"bits": 4, "group_size": 8, "scope": "sequence"},
@@ -108,7 +108,7 @@ def test_the_integer_path_equals_the_simulation(scheme: dict[str, Any]) -> None:
     assert error.max() < 0.05
 
 
-@pytest.mark.parametrize("scheme", ["A4 a token", "folded 16", "token, real scales"])
+@pytest.mark.parametrize("scheme", ["A4 a token", "integer 16", "token, real scales"])
 def test_tokens_do_not_depend_on_each_other(scheme: str) -> None:
     experts = random_experts(SCHEMES[scheme])
     x, index, weights = routed(12)
@@ -118,7 +118,7 @@ def test_tokens_do_not_depend_on_each_other(scheme: str) -> None:
 
 
 def test_a_token_is_quantized_once_whatever_its_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    experts = random_experts(SCHEMES["folded 16"])
+    experts = random_experts(SCHEMES["integer 16"])
     seen: list[tuple[int, ...]] = []
     original = InputQuantizer.forward
 
@@ -160,7 +160,7 @@ def test_new_weights_replace_the_unpacked_copy() -> None:
 
 
 def test_compiled_in_one_graph() -> None:
-    experts = random_experts(SCHEMES["folded 16"])
+    experts = random_experts(SCHEMES["integer 16"])
     arguments = routed(20)
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*arguments), experts(*arguments))

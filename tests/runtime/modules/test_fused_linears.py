@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,11 +25,11 @@ ROWS = {"q_proj": 64, "k_proj": 32, "v_proj": 16}
 SCHEMES = {
     "W4A16": InputScheme(IN, 16),
     "A8 a token": InputScheme(IN, 8),
-    "multipliers": InputScheme(IN, 4, clip=0.9333, group_size=16, fold=True),
+    "multipliers": InputScheme(IN, 4, clip=0.9333, group_size=16, scales="integer"),
     "sequence": InputScheme(IN, 4, group_size=32, scope="sequence"),
     "stored order": InputScheme(IN, 4, group_size=32, scope="sequence", channel_order="calibrated"),
 }
-FOLDED = SCHEMES["multipliers"]
+INTEGER = SCHEMES["multipliers"]
 
 
 class Attention(nn.Module):
@@ -75,19 +77,27 @@ def activations(*shape: int, seed: int = 5) -> Tensor:
 
 
 class Calls:
-    """Counts the calls of a kernel."""
+    """Notes the calls of kernels, prepared or not."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         self.made: list[str] = []
+        self.channels: list[int] = []
         for name in names:
-            monkeypatch.setattr(kernels, name, self.counting(name, getattr(kernels, name)))
+            original = getattr(kernels, name)
+            call = self.noting(name, original)
+            call.prepare = self.preparing(name, original)
+            monkeypatch.setattr(kernels, name, call)
 
-    def counting(self, name: str, original: Any) -> Any:
+    def noting(self, name: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.made.append(name)
-            return original(*args, **kwargs)
+            self.channels.append(args[0].shape[-1])
+            return function(*args, **kwargs)
 
         return call
+
+    def preparing(self, name: str, original: Any) -> Any:
+        return lambda *args: self.noting(name, original.prepare(*args))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -109,15 +119,17 @@ def test_together_as_alone(scheme: InputScheme, group_size: int | None, bias: bo
 
 
 def test_one_quantization_and_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    attention, x = fused(FOLDED), activations(3)
-    attention(x)
-    calls = Calls(monkeypatch, "quantize_folded", "linear_folded", "weight_operand")
-    attention(x)
-    assert calls.made == ["quantize_folded", "linear_folded"]
+    calls = Calls(monkeypatch, "quantize_tokens", "linear_int8")
+    attention, x = fused(INTEGER), activations(3)
+    for number in range(4):
+        calls.made.clear()
+        attention(x)
+        if number > 1:  # The second call prepares.
+            assert calls.made == ["quantize_tokens", "linear_int8"]
 
 
 def test_the_weight_is_in_memory_once() -> None:
-    attention = fused(FOLDED)
+    attention = fused(INTEGER)
     attention(activations(3))
     for name in ("weight_packed", "weight_scale", "weight_multiplier", "bias"):
         storages = {getattr(attention, key).get_buffer(name).untyped_storage().data_ptr() for key in ROWS}
@@ -136,7 +148,7 @@ def test_a_linear_in_another_hand_gets_the_input_itself() -> None:
             assert x.shape[-1] == IN
             return self.base(x) + x[..., :1]
 
-    attention, x = fused(FOLDED), activations(3)
+    attention, x = fused(INTEGER), activations(3)
     expected = attention(x)
     expected[..., 64:96] += x[..., :1]
     attention.k_proj = Adapter(attention.k_proj)
@@ -145,9 +157,9 @@ def test_a_linear_in_another_hand_gets_the_input_itself() -> None:
 
 @pytest.mark.parametrize("how", ["set_weight", "load_state_dict", "setattr"])
 def test_new_weights_are_noticed(how: str) -> None:
-    attention, x = fused(FOLDED), activations(3)
+    attention, x = fused(INTEGER), activations(3)
     attention(x)
-    other = Attention(FOLDED)
+    other = Attention(INTEGER)
     for key in ROWS:
         set_random_weight(getattr(other, key), torch.Generator().manual_seed(9))
     if how == "load_state_dict":
@@ -165,7 +177,7 @@ def test_new_weights_are_noticed(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_a_copy_is_its_own(how: str) -> None:
-    attention, x = fused(FOLDED), activations(3)
+    attention, x = fused(INTEGER), activations(3)
     expected = attention(x)
     size = sum(t.nbytes for t in attention.state_dict().values())
     if how == "deepcopy":
@@ -186,7 +198,7 @@ def test_a_copy_is_its_own(how: str) -> None:
 
 
 def test_a_model_can_be_copied_after_a_forward_pass_that_failed() -> None:
-    attention = fused(FOLDED)
+    attention = fused(INTEGER)
     expected = attention(activations(3))
 
     def fail(*args: Any) -> None:
@@ -202,8 +214,8 @@ def test_a_model_can_be_copied_after_a_forward_pass_that_failed() -> None:
 @pytest.mark.parametrize("order", ["half after", "half before"])
 def test_casts_in_any_order(order: str) -> None:
     x = activations(4)
-    exact = Attention(FOLDED)(x)
-    attention = fused(FOLDED)
+    exact = Attention(INTEGER)(x)
+    attention = fused(INTEGER)
     if order == "half after":
         attention(x)
     attention.half()
@@ -214,22 +226,55 @@ def test_casts_in_any_order(order: str) -> None:
     assert attention.q_proj.bias.dtype == torch.float16
     assert float((y.float() - exact).norm() / exact.norm()) < 0.02
     assert torch.equal(
-        attention.float().to("cpu")(x.half().float()), Attention(FOLDED).half().float()(x.half().float())
+        attention.float().to("cpu")(x.half().float()), Attention(INTEGER).half().float()(x.half().float())
     )
 
 
 def test_nothing_is_held_on_the_meta_device() -> None:
-    attention = fused(FOLDED)
+    attention = fused(INTEGER)
     attention(activations(3))
     attention.to("meta")
     assert attention.qkv_fused._joined is None
     assert isinstance(attention.qkv_fused(activations(1)), Tensor)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 64, 65])
+def test_prepared_calls_are_the_first_ones(tokens: int) -> None:
+    """What is looked up once gives the same numbers, for other tokens too, and forgets an old weight."""
+    attention, alone = fused(INTEGER), Attention(INTEGER)
+    first, second = activations(tokens), activations(tokens, seed=1)
+    expected = alone(first), alone(second)
+    for _ in range(3):
+        for module in (attention, alone):
+            assert torch.equal(module(first), expected[0])
+            assert torch.equal(module(second), expected[1])
+    for module in (attention, alone):
+        set_random_weight(module.k_proj, torch.Generator().manual_seed(3))
+    fresh = Attention(INTEGER)
+    set_random_weight(fresh.k_proj, torch.Generator().manual_seed(3))
+    assert torch.equal(attention(first), fresh(first))
+    assert torch.equal(alone(first), fresh(first))
+    assert not torch.equal(fresh(first), expected[0])
+
+
+def test_a_weight_that_comes_and_goes_is_not_held() -> None:
+    """As with offloading: every call finds another tensor, and none outlives it."""
+    attention, x = Attention(INTEGER), activations(1)
+    expected = attention(x)
+    linear = attention.q_proj
+    for _ in range(4):
+        linear.weight_packed = linear.weight_packed.clone()
+        held = weakref.ref(linear.weight_packed)
+        assert torch.equal(attention(x), expected)
+        linear.weight_packed = linear.weight_packed.clone()
+        gc.collect()
+        assert held() is None
+
+
 def test_threads_do_not_get_each_others_results() -> None:
-    attention = fused(FOLDED)
+    attention = fused(INTEGER)
     inputs = [activations(1 + seed % 3, seed=seed) for seed in range(40)]
-    expected = [Attention(FOLDED)(x) for x in inputs]
+    expected = [Attention(INTEGER)(x) for x in inputs]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
             for result, y in zip(pool.map(attention, inputs), expected, strict=True):
@@ -238,7 +283,7 @@ def test_threads_do_not_get_each_others_results() -> None:
 
 def test_compiled_whole_with_one_product() -> None:
     """What is traced has one quantization and one product, in one graph."""
-    attention, x = fused(FOLDED), activations(3)
+    attention, x = fused(INTEGER), activations(3)
     expected = attention(x)
     names: list[str] = []
 
@@ -248,12 +293,12 @@ def test_compiled_whole_with_one_product() -> None:
 
     compiled = torch.compile(attention, backend=backend, fullgraph=True)
     assert torch.equal(compiled(x), expected)
-    assert [name.split(".")[1] for name in names] == ["quantize_folded", "linear_folded"]
+    assert [name.split(".")[1] for name in names] == ["quantize_tokens", "linear_int8"]
 
 
 def test_projections_look_like_the_input() -> None:
     x = activations(2, 3)
-    result = fused(FOLDED).qkv_fused(x)
+    result = fused(INTEGER).qkv_fused(x)
     assert isinstance(result, Projections)
     assert result.shape == result.size() == x.shape
     assert (result.dtype, result.device) == (x.dtype, x.device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_experts import SCHEMES as EXPERT_SCHEMES
 from test_experts import random_experts, routed
-from test_fused_linears import FOLDED, IN, ROWS, Attention, activations, fused
+from test_fused_linears import IN, INTEGER, ROWS, Attention, activations, fused
 from test_quantized_linear import SCHEMES, make_linear
 from torch import Tensor
 
@@ -38,7 +38,7 @@ def test_of_a_linear(scheme: InputScheme, rotated: bool) -> None:
 
 
 def test_of_fused_linears() -> None:
-    attention, alone = fused(FOLDED), Attention(FOLDED)
+    attention, alone = fused(INTEGER), Attention(INTEGER)
     grad = torch.randn(2, 5, sum(ROWS.values()), generator=torch.Generator().manual_seed(1))
     results = []
     for module in (attention, alone):
@@ -88,5 +88,5 @@ def test_of_experts_against_differences() -> None:
 def test_nothing_is_recorded_without_need() -> None:
     x = activations(3).requires_grad_()
     with torch.no_grad():
-        assert not fused(FOLDED)(x).requires_grad
-    assert not fused(FOLDED)(activations(3)).requires_grad
+        assert not fused(INTEGER)(x).requires_grad
+    assert not fused(INTEGER)(activations(3)).requires_grad

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rrsq.runtime.modules.input import FloatInput, FoldedInput, InputQuantizer, InputScheme, SmoothedInput
+from rrsq.runtime.modules.input import FloatInput, InputQuantizer, InputScheme, Int8Input, SmoothedInput
 from rrsq.runtime.modules.rotation import OnlineHadamard
 from rrsq.runtime.rotation.hadamard import orthonormal, plan_hadamard
 
@@ -43,9 +43,9 @@ def test_the_group_size_is_reduced_to_a_divisor() -> None:
     ("scheme", "kind"),
     [
         (InputScheme(CHANNELS, 16), FloatInput),
-        (InputScheme(CHANNELS, 4), FoldedInput),
-        (InputScheme(CHANNELS, 8), FoldedInput),
-        (InputScheme(CHANNELS, 4, group_size=16, fold=True), FoldedInput),
+        (InputScheme(CHANNELS, 4), Int8Input),
+        (InputScheme(CHANNELS, 8), Int8Input),
+        (InputScheme(CHANNELS, 4, group_size=16, scales="integer"), Int8Input),
         (smoothed_scheme(), SmoothedInput),
         (smoothed_scheme(scope="token"), SmoothedInput),
         (smoothed_scheme(channel_order="per_call"), FloatInput),

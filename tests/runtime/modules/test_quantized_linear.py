@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from test_fused_linears import Calls
 from torch import Tensor
 
 from rrsq import kernels
@@ -24,8 +24,8 @@ SCHEMES = {
     "A4 a token": InputScheme(IN, 4),
     "A4 a token, clipped": InputScheme(IN, 4, clip=0.9),
     "A8 a token": InputScheme(IN, 8),
-    "folded 16": InputScheme(IN, 4, clip=0.9333, group_size=16, fold=True),
-    "folded 32": InputScheme(IN, 4, group_size=32, fold=True),
+    "integer 16": InputScheme(IN, 4, clip=0.9333, group_size=16, scales="integer"),
+    "integer 32": InputScheme(IN, 4, group_size=32, scales="integer"),
     "token, real scales": InputScheme(IN, 4, group_size=32),
     "block": InputScheme(IN, 4, group_size=32, scope="block"),
     "sequence": InputScheme(IN, 4, group_size=32, scope="sequence"),
@@ -110,7 +110,7 @@ def test_the_dequantized_weight_is_code_times_scale_times_multiplier() -> None:
 
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["", "rotated"])
-@pytest.mark.parametrize("name", ["A4 a token", "A8 a token", "folded 16", "token, real scales"])
+@pytest.mark.parametrize("name", ["A4 a token", "A8 a token", "integer 16", "token, real scales"])
 def test_at_token_scope_a_token_does_not_see_the_rest_of_the_batch(name: str, rotated: bool) -> None:
     linear = make_linear(SCHEMES[name], rotated=rotated)
     x = activations(37)
@@ -133,7 +133,7 @@ def test_wider_scopes_do_see_it(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs_keep_float32_scales(dtype: torch.dtype) -> None:
-    linear = make_linear(SCHEMES["folded 16"])
+    linear = make_linear(SCHEMES["integer 16"])
     scale, packed = linear.weight_scale.clone(), linear.weight_packed.clone()
     linear.to(dtype)
     assert linear.weight_scale.dtype == torch.float32
@@ -149,7 +149,7 @@ def test_low_precision_inputs_keep_float32_scales(dtype: torch.dtype) -> None:
 
 
 def test_new_weights_replace_the_unpacked_copy() -> None:
-    linear = make_linear(SCHEMES["folded 16"])
+    linear = make_linear(SCHEMES["integer 16"])
     x = activations(3)
     linear(x)
     linear.set_weight(torch.full((OUT, IN), 2), torch.ones(OUT), torch.ones(OUT, 3, dtype=torch.uint8))
@@ -158,7 +158,7 @@ def test_new_weights_replace_the_unpacked_copy() -> None:
 
 
 def test_loading_a_state_dict_replaces_the_unpacked_copy() -> None:
-    linear, other = make_linear(SCHEMES["folded 16"]), make_linear(SCHEMES["folded 16"])
+    linear, other = make_linear(SCHEMES["integer 16"]), make_linear(SCHEMES["integer 16"])
     other.set_weight(torch.full((OUT, IN), 2), torch.ones(OUT), torch.ones(OUT, 3, dtype=torch.uint8))
     x = activations(3)
     linear(x)
@@ -179,19 +179,14 @@ def test_linears_of_one_input_quantize_it_once(tiny_llama_dir: Path, monkeypatch
     quantized = quantize_tiny(
         tiny_llama_dir, recipe_of("rtn-w4a4", ["activations.smoothing={group_size: 16}"])
     )
-    calls: list[torch.Size] = []
-    original = kernels.quantize_folded
-
-    def counting(x: Tensor, *args: Any) -> Any:
-        calls.append(x.shape)
-        return original(x, *args)
-
-    monkeypatch.setattr(kernels, "quantize_folded", counting)
+    calls = Calls(monkeypatch, "quantize_tokens")
     tokens = random_tokens(2, 5)
     first = logits_of(quantized.model, tokens)
-    assert [shape[1] for shape in calls] == 3 * [96, 64, 96, 160]
+    for _ in range(2):  # Until what runs them is prepared.
+        assert torch.equal(logits_of(quantized.model, tokens), first)
+    calls.channels.clear()
     assert torch.equal(logits_of(quantized.model, tokens), first)
-    assert len(calls) == 24
+    assert calls.channels == 3 * [96, 64, 96, 160]
     parent = quantized.model.model.layers[0].self_attn
     quantizers = {id(getattr(parent, name).input_quantizer) for name in ("q_proj", "k_proj", "v_proj")}
     assert quantizers == {id(parent.qkv_input)}

@@ -18,6 +18,7 @@ from ...errors import CalibrationError
 from ...models import LinearInput
 from ...recipe import Rotation
 from ...runtime.rotation.rotations import Rotations
+from ...storage import sync_folder
 from .basis import InputBasis
 from .fingerprint import ModelFingerprint
 from .hessian import SymmetricSum
@@ -46,6 +47,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], numbers: dict[str, Any
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.rename(path)
+    sync_folder(path.parent)
 
 
 class StoredCalibration:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "DOCUMENT_SEPARATOR",
     "calibration_windows",
-    "check_token_ids",
     "data_fingerprint",
     "evaluation_windows",
 ]
@@ -83,20 +82,6 @@ def evaluation_windows(
         raise _too_short(tokens, sequence_length)
     windows = tokens[: count * sequence_length].view(count, sequence_length)
     return windows if limit is None else windows[:limit]
-
-
-def check_token_ids(model: Any, token_ids: Tensor) -> None:
-    """Refuse tokens that a model has no embedding for: a lookup would crash, on a GPU for the whole process.
-
-    Raises:
-        DataError: there is one, so that the tokenizer is not the model's.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < rows:
-        raise DataError(
-            f"The tokenizer gives token numbers up to {int(token_ids.max())}, and the model knows {rows}"
-            " tokens. The tokenizer files in the model's folder are not those of this model."
-        )
 
 
 def data_fingerprint(token_ids: Tensor) -> str:

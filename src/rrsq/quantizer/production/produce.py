@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ...errors import InterruptedRunError, UsageError
+from ...errors import UsageError
 from ...models import ModelFamily, family_for
 from ...recipe import Recipe
 from ...runtime.format.format import CalibrationInfo, CheckpointInfo, parse_info
 from ...runtime.format.loading import load_config
 from ...runtime.scheme import check_recipe
-from ...storage import check_output, check_space, flush, library_versions, storage_errors
+from ...storage import check_output, check_space, flush, library_versions
+from ...work_folder import WorkFolder, was_published
 from ..calibration.stored import StoredCalibration
 from ..calibration.text import load_documents
 from ..calibration.windows import calibration_windows, data_fingerprint
 from ..calibration.workers import ALONE, Workers
 from ..checks import check_stored
+from ..outcome import QuantizationReport
 from ..pipeline import quantize_model
 from ..projection import projected_memory
-from ..report import QuantizationReport
-from .layout import parse_size, plan_shards
-from .opening import NoteCallback, OpenedModel, open_model, planned_tensors
-from .shard_files import ShardFiles
-from .streaming import StreamingStore
-from .work_folder import WorkFolder, was_published, work_path
+from .output_shards import OutputShards, parse_size, planned_tensors
+from .source import NoteCallback, OpenedModel, open_model
+from .streaming import Progress, StreamingStore
 from .writer import checkpoint_info, copy_processor, write_beside
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def produce_checkpoint(
     Raises:
         RRSQError: as :func:`open_model`, :func:`quantize_model` and :class:`WorkFolder` do.
     """
-    if not was_published(output.folder):
+    if output.restart or not was_published(output.folder):
         check_output(output.folder, overwrite=output.overwrite)
     max_shard_size = parse_size(output.max_shard_size)
     on_step(0, 0, 0, "reading the model")
@@ -220,24 +220,28 @@ def produce_checkpoint(
         "the number of processes": workers.count,
         "the versions of the libraries": library_versions(),
     }
-    kept = f"Finished layers are kept in '{work_path(output.folder)}'"
-    with (
-        storage_errors(output.folder, left=kept),
-        WorkFolder.locked(output.folder, identity, restart=output.restart, workers=workers) as work,
-    ):
-        try:
-            if work.manifest.result is None:
-                run = _Production(opened, recipe, output, tokenizer, calibration, seed, device, workers, work)
-                run.execute(max_shard_size, model, on_step, on_note)
-            workers.wait()
-            made = work.manifest.result or {}
-            if workers.rank == 0:
-                work.publish(overwrite=output.overwrite)
-        except KeyboardInterrupt as interrupt:
-            done = work.manifest.finished
-            left = f" {done} finished layers are kept: the same command goes on from there." if done else ""
-            raise InterruptedRunError(f"stopped by the user before it was done.{left}") from interrupt
+    with _work_folder(output, identity, workers) as work:
+        if not work.manifest.whole:
+            run = _Production(opened, recipe, output, tokenizer, calibration, seed, device, workers, work)
+            run.execute(max_shard_size, model, on_step, on_note)
+        workers.wait()
+        made = Progress.of(work).result or {}
+        if workers.rank == 0:
+            work.publish(overwrite=output.overwrite)
     return Produced(parse_info(made["info"]), QuantizationReport.from_dict(made["report"]))
+
+
+@contextmanager
+def _work_folder(output: OutputOptions, identity: dict[str, Any], workers: Workers) -> Iterator[WorkFolder]:
+    """The work folder, which rank 0 locks and the other processes read from."""
+    if workers.rank != 0:
+        workers.wait()
+        with WorkFolder.shared(output.folder, "quantization", identity) as work:
+            yield work
+        return
+    with WorkFolder.locked(output.folder, "quantization", identity, restart=output.restart) as work:
+        workers.wait()
+        yield work
 
 
 @dataclass(frozen=True)
@@ -258,17 +262,17 @@ class _Production:
         """Quantize and fill the staging folder; the manifest's result says that it is done."""
         model = self.opened.model
         check_recipe(self.recipe, family_for(model.config), model)
-        layout = plan_shards(planned_tensors(model.config, self.opened.dtype, self.recipe), max_shard_size)
-        files = ShardFiles(self.work.staging, layout)
+        planned = planned_tensors(model.config, self.opened.dtype, self.recipe)
+        shards = OutputShards(self.work.staging, planned, max_shard_size)
         windows = None if self.calibration is None else self.calibration.windows
         stored = None if self.calibration is None else self.calibration.stored
         if self.workers.rank == 0:
-            self._prepare(files, on_note)
+            self._prepare(shards, on_note)
         self.workers.wait()
         on_step(0, 0, 0, "quantizing")
         layers = model.config.get_text_config().num_hidden_layers
         with StreamingStore(
-            model, self.opened.weights, files, self.work, self.workers, self.output.offload
+            model, self.opened.weights, shards, self.work, self.workers, self.output.offload
         ) as store:
             quantized = quantize_model(
                 model,
@@ -288,18 +292,17 @@ class _Production:
             source_model=name.rstrip("/").rsplit("/", 1)[-1],
             calibration=None if self.calibration is None else self.calibration.info,
         )
-        self.work.manifest.result = {
-            "info": info.model_dump(mode="json"),
-            "report": quantized.report.to_dict(),
-        }
+        progress = Progress.of(self.work)
+        progress.result = {"info": info.model_dump(mode="json"), "report": quantized.report.to_dict()}
+        progress.put(self.work)
         if self.workers.rank == 0:
-            write_beside(quantized, self.tokenizer, info, self.work.staging, layout)
+            write_beside(quantized, self.tokenizer, info, shards)
             if self.opened.folder is not None:
                 copy_processor(self.opened.folder, self.work.staging)
             flush(self.work.staging)
-            self.work.save()
+            self.work.finish()
 
-    def _prepare(self, files: ShardFiles, on_note: NoteCallback) -> None:
+    def _prepare(self, shards: OutputShards, on_note: NoteCallback) -> None:
         """Say what the run will need, and take the disk space for it."""
         config = self.opened.model.config
         windows = None if self.calibration is None else self.calibration.windows
@@ -308,11 +311,11 @@ class _Production:
             self.opened.model, self.recipe, samples, tokens, offloaded=self.output.offload is not None
         )
         on_note(peak.describe(self.device))
-        if self.work.manifest.layers is not None:
+        if Progress.of(self.work).layers is not None:
             layers = config.get_text_config().num_hidden_layers
             on_note(f"Going on from layer {self.work.manifest.finished + 1} of {layers}.")
             return
-        check_space(self.output.folder, files.layout.file_bytes + 2 * peak.activations)
-        shutil.rmtree(files.folder, ignore_errors=True)
-        files.folder.mkdir()
-        files.create()
+        check_space(self.output.folder, shards.file_bytes + 2 * peak.activations)
+        shutil.rmtree(shards.folder, ignore_errors=True)
+        shards.folder.mkdir()
+        shards.create()

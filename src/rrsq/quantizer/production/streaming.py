@@ -4,57 +4,94 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...storage import storage_errors
+from ...runtime.format.shards import raw_bytes
+from ...storage import allocate, storage_errors
+from ...work_folder import WorkFolder
 from ..calibration.workers import Workers
-from ..checks import check_finite
-from ..memory import weight_bytes
-from ..report import LayerReport
+from ..outcome import LayerReport
 from ..store import Progressed
-from .shard_files import ShardFiles
-from .weight_source import ShardSource
-from .work_folder import WorkFolder
+from .output_shards import OutputShards
+from .source import Weights
 
-__all__ = ["LoadedWeights", "StoredWeights", "StreamingStore", "Weights", "offloaded"]
-
-
-class Weights(Protocol):
-    """The original weights of a model, as a store needs them."""
-
-    bytes: int
-
-    def fill(self, path: str, module: nn.Module) -> None:
-        """Give a module its weights."""
+__all__ = ["Progress", "StreamFiles", "StreamingStore", "offloaded"]
 
 
-class StoredWeights:
-    """Weights that are read from shards when they are asked for."""
+@dataclass
+class Progress:
+    """What the manifest of a quantization keeps beside the number of its finished layers.
 
-    def __init__(self, source: ShardSource) -> None:
-        self.source = source
-        self.bytes = source.bytes_of_model()
+    Attributes:
+        digests: SHA-256 (hex) of the tensors of each finished module, by its path.
+        layers: the report of each finished layer; None before the embedding is finished.
+        result: what the whole run did, once the output is whole.
+    """
 
-    def fill(self, path: str, module: nn.Module) -> None:
-        """See :class:`Weights`."""
-        module.load_state_dict(self.source.read(path), assign=True)
+    digests: dict[str, str] = field(default_factory=dict)
+    layers: list[dict[str, Any]] | None = None
+    result: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, work: WorkFolder) -> Progress:
+        """What a work folder's manifest says."""
+        return cls(**work.manifest.record)
+
+    def put(self, work: WorkFolder) -> None:
+        """Have it in the manifest; :meth:`WorkFolder.save` writes that."""
+        work.manifest.finished = len(self.layers or ())
+        work.manifest.record = vars(self)
 
 
-class LoadedWeights:
-    """Weights of a model that was loaded as a whole; checked when it is made."""
+class StreamFiles:
+    """The residual stream behind the last finished layer, in files of a work folder.
 
-    def __init__(self, model: nn.Module) -> None:
-        check_finite(model)
-        self.bytes = weight_bytes(model)
+    Args:
+        work: the folder.
+        rank: of the process, which has a part of the stream.
+    """
 
-    def fill(self, path: str, module: nn.Module) -> None:
-        """Nothing: they are there."""
+    def __init__(self, work: WorkFolder, rank: int) -> None:
+        self.work = work
+        self.rank = rank
+
+    def write(self, stream: Tensor, finished: int) -> None:
+        """Have the stream behind so many layers on the disk, beside the one before it."""
+        with self._file(finished).open("wb") as file:
+            file.write(raw_bytes(stream))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The stream behind the finished layers.
+
+        Raises:
+            StorageError: it is not there, or not whole.
+        """
+        path = self._file(self.work.manifest.finished)
+        stream = torch.empty(shape, dtype=dtype)
+        if not path.is_file() or path.stat().st_size != stream.nbytes:
+            raise self.work.damaged()
+        with path.open("rb") as file:
+            file.readinto(raw_bytes(stream))
+        return stream
+
+    def remove_old(self) -> None:
+        """Those that are not behind the last finished layer."""
+        keep = self._file(self.work.manifest.finished)
+        for path in self.work.path.glob(f"stream-{self.rank}-*.bin"):
+            if path != keep:
+                path.unlink()
+
+    def _file(self, finished: int) -> Path:
+        return self.work.path / f"stream-{self.rank}-{finished}.bin"
 
 
 class StreamingStore:
@@ -63,7 +100,7 @@ class StreamingStore:
     Args:
         model: what is quantized; its weights are where ``weights`` puts them.
         weights: the original weights.
-        files: the shards of the output.
+        shards: of the output.
         work: where progress is kept.
         workers: the processes that work together; rank 0 writes.
         offload: folder for the residual stream in a mapped file; None keeps it in memory.
@@ -73,23 +110,25 @@ class StreamingStore:
         self,
         model: Any,
         weights: Weights,
-        files: ShardFiles,
+        shards: OutputShards,
         work: WorkFolder,
         workers: Workers,
         offload: Path | None,
     ) -> None:
         self.model = model
         self.weights = weights
-        self.files = files
+        self.shards = shards
         self.work = work
         self.workers = workers
         self.offload = offload
         self.bytes_before = weights.bytes
+        self.streams = StreamFiles(work, workers.rank)
+        progress = Progress.of(work)
         self.progressed: Progressed | None = None
-        if work.manifest.layers is not None:
-            self.progressed = _Progressed(self)
-        self._digests = dict(work.manifest.digests)
-        self._layers = work.manifest.layers or []
+        if progress.layers is not None:
+            self.progressed = _Progressed(self, progress.layers, progress.digests)
+        self._digests = dict(progress.digests)
+        self._layers = progress.layers or []
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
 
@@ -109,12 +148,12 @@ class StreamingStore:
     def close(self, path: str) -> None:
         """Write the tensors of a module and forget them."""
         module = self.model.get_submodule(path)
-        names = self.files.under(path)
+        names = self.shards.under(path)
         if self.workers.rank == 0 and names:
             tensors = {f"{path}.{name}": tensor.cpu() for name, tensor in module.state_dict().items()}
             if tensors.keys() != set(names):
                 raise ValueError(f"{path} has {sorted(tensors.keys() ^ set(names))}, other than planned")
-            self._digests[path] = self.files.write(tensors)
+            self._digests[path] = self.shards.write(tensors)
         module.to("meta")
 
     def drop(self, path: str) -> None:
@@ -138,7 +177,7 @@ class StreamingStore:
             self.workers.wait()
             self._save(self._layers, self._digests)
             self.workers.wait()
-            self.work.remove_old_streams(self.workers.rank)
+            self.streams.remove_old()
 
     def commit(self, report: LayerReport | None, stream: Tensor | None) -> None:
         """Have what is finished on the disk, the stream in the background.
@@ -158,17 +197,17 @@ class StreamingStore:
 
     def bytes_after(self) -> int:
         """Size of all tensors of the output."""
-        return self.files.layout.tensor_bytes
+        return self.shards.tensor_bytes
 
     def _write(self, stream: Tensor | None, layers: list[dict[str, Any]], digests: dict[str, str]) -> None:
         if stream is not None:
-            self.work.write_stream(stream, len(layers), self.workers.rank)
+            self.streams.write(stream, len(layers))
         if self.workers.count == 1:
             self._save(layers, digests)
-            self.work.remove_old_streams(0)
+            self.streams.remove_old()
 
     def _save(self, layers: list[dict[str, Any]], digests: dict[str, str]) -> None:
-        self.work.manifest.layers, self.work.manifest.digests = layers, dict(digests)
+        Progress(dict(digests), layers).put(self.work)
         if self.workers.rank == 0:
             self.work.save()
 
@@ -176,18 +215,26 @@ class StreamingStore:
 class _Progressed:
     """What the manifest of a work folder says, its contents checked."""
 
-    def __init__(self, store: StreamingStore) -> None:
+    def __init__(
+        self, store: StreamingStore, layers: list[dict[str, Any]], digests: Mapping[str, str]
+    ) -> None:
         self.store = store
-        manifest = store.work.manifest
+        self.layers = [LayerReport(**layer) for layer in layers]
         if store.workers.rank == 0:
-            for path, digest in manifest.digests.items():
-                if store.files.digest(store.files.under(path)) != digest:
+            for path, digest in digests.items():
+                if self._digest(path) != digest:
                     raise store.work.damaged()
-        self.layers = [LayerReport(**layer) for layer in manifest.layers or ()]
+
+    def _digest(self, path: str) -> str:
+        shards = self.store.shards
+        try:
+            return shards.digest(shards.under(path))
+        except FileNotFoundError as error:
+            raise self.store.work.damaged() from error
 
     def stream(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """See :class:`~rrsq.quantizer.store.Progressed`."""
-        return self.store.work.read_stream(shape, dtype, self.store.workers.rank)
+        return self.store.streams.read(shape, dtype)
 
 
 def offloaded(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -196,5 +243,5 @@ def offloaded(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".rrsq-") as file:
         # Room is found now or never: a mapped file that cannot grow kills the process.
-        os.posix_fallocate(file.fileno(), 0, numel * dtype.itemsize)
+        allocate(file, numel * dtype.itemsize)
         return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: into a sibling folder first, which becomes the output by one rename."""
+"""What stands beside the shards of a checkpoint: configuration, tokenizer, model card."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ...runtime.format.format import CalibrationInfo, CheckpointInfo, RotationInfo
-from ...storage import (
-    check_output,
-    flush,
-    library_versions,
-    remove_abandoned,
-    replace_folder,
-    staging_folder,
-    storage_errors,
-)
-from ..pipeline import QuantizedModel
-from .card import model_card
-from .layout import ShardLayout
+import yaml
 
-__all__ = ["checkpoint_info", "copy_processor", "write_beside", "write_checkpoint"]
+from ...recipe import Recipe
+from ...runtime.format.describe import (
+    LAYER_COLUMNS,
+    describe_activations,
+    describe_cache,
+    describe_calibration,
+    describe_exceptions,
+    describe_head,
+    describe_layers,
+    describe_rotation,
+    describe_weights,
+)
+from ...runtime.format.format import CalibrationInfo, CheckpointInfo, RotationInfo
+from ...storage import library_versions
+from ..outcome import QuantizationReport
+from ..pipeline import QuantizedModel
+from .output_shards import OutputShards
+
+__all__ = ["checkpoint_info", "copy_processor", "model_card", "write_beside"]
 
 # How a model that sees wants its images, and where they stand in the text.
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
@@ -52,46 +58,15 @@ def _rounded(number: float | None, digits: int) -> float | None:
     return None if number is None else round(number, digits)
 
 
-def write_checkpoint(
-    quantized: QuantizedModel,
-    tokenizer: Any,
-    info: CheckpointInfo,
-    out: Path,
-    *,
-    overwrite: bool = False,
-    max_shard_size: str = "5GB",
-) -> None:
-    """Write a checkpoint; ``out`` appears whole, by rename, or not at all.
-
-    Raises:
-        OutputExistsError: ``out`` exists and ``overwrite`` is False.
-        StorageError: the disk is full, or the target cannot be written to.
-    """
-    check_output(out, overwrite=overwrite)
-    model: Any = quantized.model
-    model.config.quantization_config = info.model_dump(mode="json")
-    staging = staging_folder(out)
-    remove_abandoned(out)
-    try:
-        with storage_errors(out):
-            staging.mkdir()
-            # The original's own format splits experts into matrices, which packed ones cannot be.
-            model.save_pretrained(staging, max_shard_size=max_shard_size, save_original_format=False)
-            _write_text(quantized, tokenizer, info, staging)
-            flush(staging)
-            replace_folder(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
 def write_beside(
-    quantized: QuantizedModel, tokenizer: Any, info: CheckpointInfo, folder: Path, layout: ShardLayout
+    quantized: QuantizedModel, tokenizer: Any, info: CheckpointInfo, shards: OutputShards
 ) -> None:
-    """Write all files of a checkpoint but its shards, which are in the folder already.
+    """Write all files of a checkpoint into the folder of its shards.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
+    folder = shards.folder
     model: Any = quantized.model
     model.config.quantization_config = info.model_dump(mode="json")
     model.config.dtype = str(model.dtype).removeprefix("torch.")
@@ -99,11 +74,12 @@ def write_beside(
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    index = layout.index()
+    index = shards.index()
     if index is not None:
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    _write_text(quantized, tokenizer, info, folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(info, quantized.report), encoding="utf-8")
 
 
 def copy_processor(source: Path, folder: Path) -> None:
@@ -113,6 +89,80 @@ def copy_processor(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _write_text(quantized: QuantizedModel, tokenizer: Any, info: CheckpointInfo, folder: Path) -> None:
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(info, quantized.report), encoding="utf-8")
+def model_card(info: CheckpointInfo, report: QuantizationReport) -> str:
+    """Markdown with the Hub's metadata block: how to run the model, what was done, and what it cost."""
+    recipe = info.recipe
+    head = {"library_name": "transformers", "tags": ["rrsq", *_tags(recipe)], "base_model": info.source_model}
+    lines = [
+        "---",
+        yaml.safe_dump(head, sort_keys=False).rstrip(),
+        "---",
+        f"# {info.source_model}, quantized with rrsq ({recipe.name})",
+        "",
+        recipe.description or "A custom recipe.",
+        "",
+        "## How to run it",
+        "",
+        "```python",
+        "import rrsq  # registers the format with transformers",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("this/folder", device_map="auto")',
+        'tokenizer = AutoTokenizer.from_pretrained("this/folder")',
+        "```",
+        "",
+        'or `rrsq generate this/folder "Once upon a time"`. Without the import, transformers stops at'
+        " a tensor of another shape than the model's.",
+        "",
+        "As a server with continuous batching, with [vLLM](https://docs.vllm.ai) on a GPU:",
+        "",
+        "```bash",
+        "pip install 'rrsq[vllm]'",
+        "rrsq serve this/folder",
+        "```",
+        "",
+        "## What was done",
+        "",
+        *_table(["", ""], _facts(info, report)),
+    ]
+    if report.fallbacks:
+        lines += ["", f"Rounded to nearest because GPTQ could not be used: {', '.join(report.fallbacks)}."]
+    if report.undersampled_experts:
+        experts = "; ".join(report.undersampled_experts)
+        text = "Experts that the router sent few tokens in calibration, so that others' were used as well"
+        lines += ["", f"{text}: {experts}."]
+    headings, rows = describe_layers(info)
+    if len(headings) > 1:
+        lines += ["", "## Error of each layer", "", LAYER_COLUMNS, "", *_table(headings, rows)]
+    lines += ["", "## Recipe", "", "Saved as a file, this is what `rrsq quantize --recipe FILE` takes:", ""]
+    lines += ["```yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _tags(recipe: Recipe) -> list[str]:
+    name = f"w{recipe.weights.bits}a{recipe.activations.bits}"
+    if recipe.kv_cache is not None:
+        name += f"kv{recipe.kv_cache.keys.bits}"
+    return ["4-bit", name] if "4" in name else [name]
+
+
+def _facts(info: CheckpointInfo, report: QuantizationReport) -> list[list[str]]:
+    before, after = report.bytes_before, report.bytes_after
+    exceptions, calibration = describe_exceptions(info), info.calibration
+    return [
+        ["weights", describe_weights(info)],
+        ["activations", describe_activations(info)],
+        ["KV cache", describe_cache(info)],
+        ["output head", describe_head(info)],
+        *([["except", exceptions]] if exceptions else []),
+        ["rotation", describe_rotation(info)],
+        ["calibration", describe_calibration(info)],
+        *([["calibration tokens, SHA-256", calibration.fingerprint]] if calibration else []),
+        ["size", f"{before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after"],
+        ["seed", str(info.seed)],
+        ["made with", ", ".join(f"{name} {number}" for name, number in info.versions.items())],
+    ]
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows)]

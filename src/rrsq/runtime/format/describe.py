@@ -1,12 +1,17 @@
-"""A checkpoint in words, one line a subject: for the model card and ``rrsq inspect``."""
+"""A checkpoint in words and numbers: for the model card and ``rrsq inspect``."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 from ...recipe import INPUTS, Activations, Weights
 from .format import CheckpointInfo, PlanInfo
+from .shards import read_shards
 
 __all__ = [
     "LAYER_COLUMNS",
+    "checkpoint_contents",
     "describe_activations",
     "describe_cache",
     "describe_calibration",
@@ -17,6 +22,8 @@ __all__ = [
     "describe_weights",
 ]
 
+# Weights that an entry of the tensors of a quantized linear stands for.
+_WEIGHTS_PER_ENTRY = {"weight_packed": 2, "weight_scale": 0, "weight_multiplier": 0}
 _ROTATIONS = {
     "more_intermediate": "intermediate of other MLPs ({})",
     "residual_online": "residual ({}), online at the inputs of attention and MLP, since norms behind them"
@@ -130,6 +137,38 @@ LAYER_COLUMNS = (
 )
 
 
+def checkpoint_contents(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Sum the tensors of a checkpoint by kind.
+
+    Args:
+        folder: with safetensors shards.
+
+    Returns:
+        By kind (``INT4 linears``, ``embedding and head``, ``other``): tensors, bytes, and weights they stand
+        for.
+
+    Raises:
+        CheckpointError: there is no shard, or one is damaged.
+    """
+    found: dict[str, tuple[int, int, int]] = {}
+    for name, place in read_shards(folder).items():
+        kind = _kind(name)
+        weights = math.prod(place.shape) * _WEIGHTS_PER_ENTRY.get(_leaf(name), 1)
+        count, size, total = found.get(kind, (0, 0, 0))
+        found[kind] = count + 1, size + place.size, total + weights
+    return dict(sorted(found.items()))
+
+
+def _kind(name: str) -> str:
+    if "embed" in name or "lm_head" in name:
+        return "embedding and head"
+    return "INT4 linears" if _leaf(name) in _WEIGHTS_PER_ENTRY else "other"
+
+
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -149,8 +188,8 @@ def _activations(activations: Activations) -> str:
     smoothing = activations.smoothing
     if smoothing is None:
         return f"INT{activations.bits}, one scale a token"
-    fold = "integer-folded scales" if smoothing.fold == "integer" else "real scales"
+    scales = "integer multipliers" if smoothing.scales == "integer" else "real scales"
     return (
         f"INT{activations.bits}, runtime smoothing of {smoothing.scope} scope, groups of up to"
-        f" {smoothing.group_size}, {fold}"
+        f" {smoothing.group_size}, {scales}"
     )

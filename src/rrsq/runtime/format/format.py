@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 QUANT_METHOD: Literal["rrsq"] = "rrsq"
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 
 
 class _Part(BaseModel):
@@ -121,12 +121,12 @@ class CheckpointInfo(_Part):
         versions: of the libraries that made the checkpoint.
         layer_snr_db: output signal-to-noise ratio of each layer on calibration text.
         weight_snr_db: the same of each input's linears due to their weights alone, by the input's path, an
-            entry a layer; see :class:`rrsq.quantizer.report.LayerReport`.
+            entry a layer; see :class:`rrsq.quantizer.outcome.LayerReport`.
         cache_error: relative error of each layer's attention output due to the quantized cache.
     """
 
     quant_method: Literal["rrsq"] = QUANT_METHOD
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     recipe: Recipe
     rotation: RotationInfo
     key_bits: tuple[int, ...] = ()
@@ -147,7 +147,7 @@ def parse_info(data: dict[str, Any]) -> CheckpointInfo:
             valid, or a rotation that does not exist.
     """
     version = data.get("format_version")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or isinstance(version, bool):
         raise CheckpointError(
             f"The checkpoint has format version {version!r:.50}; this rrsq reads version {FORMAT_VERSION}."
             " Install the rrsq release that wrote it, or quantize the model again."

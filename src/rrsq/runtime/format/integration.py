@@ -25,12 +25,9 @@ from ..assemble import (
 )
 from ..modules.norms import replace_final_norm, replace_layer_norms
 from ..scheme import treatment
-from .config_file import read_config
-from .consistency import check_description
 from .format import QUANT_METHOD, CheckpointInfo, parse_info
-from .shards import check_layers
-from .validate import check_shards
-from .values import check_values
+from .json_files import read_config
+from .validate import check_description, check_layers, check_shards, check_values
 
 __all__ = ["RRSQConfig", "RRSQQuantizer", "assemble_model"]
 

@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import CheckpointError, ModelLoadError, RRSQError, StorageError
-from .config_file import read_config
-from .json_file import read_json_object
+from ...errors import CheckpointError, DataError, ModelLoadError, RRSQError, StorageError
+from .json_files import read_config, read_json_object
 from .shards import read_shards
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
+    "check_token_ids",
     "first_line",
     "is_checkpoint",
     "load_config",
@@ -152,6 +153,20 @@ def load_tokenizer(path: str, data_root: Path | str | None = None) -> PreTrained
     if len(tokenizer) < _LEAST_VOCABULARY:
         raise _no_tokenizer(path, f"it knows only {len(tokenizer)} tokens")
     return tokenizer
+
+
+def check_token_ids(model: Any, token_ids: Tensor) -> None:
+    """Refuse tokens that a model has no embedding for: a lookup would crash, on a GPU for the whole process.
+
+    Raises:
+        DataError: there is one, so that the tokenizer is not the model's.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < rows:
+        raise DataError(
+            f"The tokenizer gives token numbers up to {int(token_ids.max())}, and the model knows {rows}"
+            " tokens. The tokenizer files in the model's folder are not those of this model."
+        )
 
 
 def _check_files(name: str, options: dict[str, Any], *others: str) -> None:

@@ -1,120 +1,110 @@
-"""Checking a checkpoint's tensors against the model they are for, before any is loaded."""
+"""What is checked of a checkpoint, since kernels would make wrong text of wrong numbers without a word.
+
+Its description is checked before a model is built by it; the names, shapes and dtypes of its tensors before
+they are loaded; and their numbers after that.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from .json_file import json_object
+from ...kernels.packing import MULTIPLIER_MAX
+from ...models import ModelFamily, ModelSizes, family_for
+from ..rotation.rotations import make_rotations
+from .format import CheckpointInfo
+from .json_files import check_sizes, numbers
+from .shards import DTYPES, merge_headers, read_shards
 
-__all__ = ["check_shards", "merge_headers", "read_header"]
+__all__ = ["check_description", "check_layers", "check_shards", "check_values"]
 
-# Of the file itself; the format allows 100 MB. Parsed, a header takes up to some thirty times its size.
-_MAX_HEADER = 32 * 2**20
-_MAX_DIMENSIONS = 16
-_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL"}
+_MODEL_DTYPES = ("float32", "float16", "bfloat16", "float64", "None")
+_KEY_BITS = (4, 8)
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """The header of a safetensors file: ``dtype``, ``shape`` and ``data_offsets`` of each tensor.
+def check_description(config: Any, info: CheckpointInfo) -> None:
+    """Refuse a checkpoint whose parts of ``config.json`` contradict each other.
+
+    Args:
+        config: configuration of transformers.
+        info: the ``quantization_config``.
 
     Raises:
-        CheckpointError: there is no such file, it is no safetensors file, it is shorter or longer than its
-            header says, or tensors overlap, leave gaps, or have other sizes than their shapes and dtypes.
+        CheckpointError: a size, a rotation or the key bits do not go with each other.
+        UnsupportedArchitectureError: no family is known for the model.
     """
-    if not path.is_file():
-        raise CheckpointError(f"The checkpoint lacks the file '{path}'. It may not have been copied.")
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(_MAX_HEADER, size - 8):
-                raise ValueError("it is no safetensors file, or its header is cut off")
-            header = json_object(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("its metadata are no mapping to texts")
-        end = _check_entries(header)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Copy it again.") from error
-    if 8 + length + end != size:
+    check_sizes(vars(config), "config.json")
+    for key, value in numbers(vars(config)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CheckpointError(f"config.json of the checkpoint has the value {value} for '{key}'.")
+    dtype = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if dtype not in _MODEL_DTYPES:
+        raise CheckpointError(f"config.json of the checkpoint asks for dtype {dtype!r:.100}.")
+    family = family_for(config)
+    sizes = _sizes(config, family)
+    _check_rotations(info, family, sizes)
+    bits = info.key_bits
+    if any(entry not in _KEY_BITS for entry in bits):
+        raise CheckpointError("quantization_config of the checkpoint has key_bits other than 4 and 8.")
+    if len(bits) != (0 if info.recipe.kv_cache is None else sizes.layers):
         raise CheckpointError(
-            f"{path} is damaged: {size} bytes where its header describes {8 + length + end}. Copy it again."
+            f"quantization_config of the checkpoint has key_bits for {len(bits)} layers, and its recipe and"
+            f" config.json ask for {0 if info.recipe.kv_cache is None else sizes.layers}."
         )
-    return header
 
 
-def merge_headers(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """The headers of several shards as one; each entry also names its ``file``.
+def _sizes(config: Any, family: ModelFamily) -> ModelSizes:
+    try:
+        sizes = family.sizes(config)
+        for name, size in vars(sizes).items():
+            if name != "more_intermediate" and (type(size) is not int or size < 1):
+                raise ValueError(f"'{name}' is {size!r:.50}")
+    except Exception as error:
+        raise CheckpointError(f"config.json of the checkpoint has no valid sizes: {error}.") from error
+    return sizes
+
+
+def _check_rotations(info: CheckpointInfo, family: ModelFamily, sizes: ModelSizes) -> None:
+    """The rotations must be those that the recipe gives a model of these sizes; their blocks may differ."""
+    rotations = make_rotations(info.recipe.rotation, sizes, 0, folds_residual=family.folds_residual)
+    expected, found = rotations.describe(), info.rotation.model_dump()
+    for name, plan in expected.items():
+        if _plan_sizes(found[name]) != _plan_sizes(plan):
+            raise CheckpointError(
+                f"The checkpoint describes a rotation '{name}' of size {_plan_sizes(found[name])}; its recipe"
+                f" and config.json ask for {_plan_sizes(plan)}."
+            )
+
+
+def _plan_sizes(plans: Any) -> Any:
+    """The size of a plan, those of several, or None."""
+    if plans is None:
+        return None
+    return plans["size"] if isinstance(plans, Mapping) else [plan["size"] for plan in plans]
+
+
+def check_layers(folder: Path, layers: int) -> None:
+    """Refuse a folder that cannot hold the layers its configuration asks for, before any is built.
 
     Raises:
-        CheckpointError: as in :func:`read_header`, or two shards hold the same tensor.
+        CheckpointError: there are fewer tensors than layers, or as in :func:`read_shards`.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for file in files:
-        for name, entry in read_header(file).items():
-            if name in found:
-                other = Path(found[name]["file"]).name
-                raise CheckpointError(f"{file} holds the tensor '{name:.200}' that is in {other} as well.")
-            found[name] = {**entry, "file": str(file)}
-    return found
-
-
-def _check_entries(header: dict[str, Any]) -> int:
-    """The bytes behind a header that its tensors take. Raises ValueError with what is wrong."""
-    ranges: list[tuple[int, int, str]] = []
-    for name, entry in header.items():
-        where = f"tensor '{name:.200}'"
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where} has no description")
-        offsets, shape, dtype = (
-            _sizes(entry.get("data_offsets")),
-            _sizes(entry.get("shape")),
-            entry.get("dtype"),
+    tensors = len(read_shards(folder))
+    if layers > tensors:
+        raise CheckpointError(
+            f"The config.json of '{folder}' asks for {layers} layers, and the folder holds {tensors} tensors"
+            " in all. A shard may not have been copied."
         )
-        if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise ValueError(f"{where} has no valid offsets")
-        if shape is None or len(shape) > _MAX_DIMENSIONS:
-            raise ValueError(f"{where} has no valid shape")
-        if not isinstance(dtype, str) or dtype not in _BITS:
-            raise ValueError(f"{where} has the unknown dtype {dtype!r:.50}")
-        if math.prod(shape) * _BITS[dtype] != 8 * (offsets[1] - offsets[0]):
-            raise ValueError(
-                f"{where} takes {offsets[1] - offsets[0]} bytes, which is not what its shape and dtype need"
-            )
-        ranges.append((offsets[0], offsets[1], where))
-    end = 0
-    for start, stop, where in sorted(ranges):
-        if start != end:
-            raise ValueError(f"{where} overlaps another one, or there is a gap before it")
-        end = stop
-    return end
 
 
-def _sizes(value: Any) -> list[int] | None:
-    """The value if it is a list of integers in 0..2**63 - 1, else None."""
-    valid = isinstance(value, list) and all(type(entry) is int and 0 <= entry < 2**63 for entry in value)
-    return value if valid else None
-
-
-def check_shards(model: torch.nn.Module, files: Iterable[str]) -> None:
+def check_shards(model: nn.Module, files: Iterable[str]) -> None:
     """Compare what the shards hold with what a model expects.
 
     Args:
@@ -148,11 +138,68 @@ def check_shards(model: torch.nn.Module, files: Iterable[str]) -> None:
             " have no use: they belong to another checkpoint, or were changed."
         )
     for name, tensor in expected.items():
-        shape, dtype = found[name].get("shape"), found[name].get("dtype")
-        if shape != list(tensor.shape):
+        shape, dtype = found[name].shape, found[name].dtype
+        if shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"Tensor '{name}' of the checkpoint has shape {shape}; its recipe needs {list(tensor.shape)}."
+                f"Tensor '{name}' of the checkpoint has shape {list(shape)}; its recipe needs"
+                f" {list(tensor.shape)}."
             )
-        fits = dtype in _FLOATS if tensor.is_floating_point() else dtype == _DTYPES.get(tensor.dtype)
+        # A float may be of another precision than the model is loaded in; an integer is what it is.
+        fits = dtype in _FLOATS if tensor.is_floating_point() else DTYPES.get(dtype) == tensor.dtype
         if not fits:
             raise CheckpointError(f"Tensor '{name}' of the checkpoint has dtype {dtype}, not {tensor.dtype}.")
+
+
+def check_values(model: nn.Module) -> None:
+    """Refuse tensors that hold what no quantization makes.
+
+    Tensors on the meta device (offloaded ones) are passed over.
+
+    Raises:
+        CheckpointError: a number is NaN or infinite, a scale is not positive, a multiplier is not in 1..15, a
+            channel order is no permutation, or a sign is not ±1.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta or not tensor.numel():
+            continue
+        leaf = name.rsplit(".", 1)[-1]
+        holds, what = _RULES.get(leaf, (_finite, "NaN or Inf"))
+        if not bool(holds(tensor)):
+            raise CheckpointError(
+                f"Tensor '{name}' of the checkpoint holds {what}. Copy the checkpoint again, or quantize the"
+                " model again."
+            )
+
+
+def _finite(tensor: Tensor) -> Any:
+    if not tensor.is_floating_point():
+        return True
+    least, most = torch.aminmax(tensor)  # Without a copy of the tensor; NaN is handed on.
+    return torch.isfinite(least) & torch.isfinite(most)
+
+
+def _positive(tensor: Tensor) -> Any:
+    least, most = torch.aminmax(tensor)
+    return (least > 0) & torch.isfinite(most)
+
+
+def _multiplier(tensor: Tensor) -> Any:
+    least, most = torch.aminmax(tensor)
+    return (least >= 1) & (most <= MULTIPLIER_MAX)
+
+
+def _permutation(tensor: Tensor) -> Any:
+    return (tensor.sort().values == torch.arange(tensor.numel(), device=tensor.device)).all()
+
+
+def _signs(tensor: Tensor) -> Any:
+    return (tensor.abs() == 1).all()
+
+
+_RULES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "weight_scale": (_positive, "a scale that is not a positive finite number"),
+    "weight_multiplier": (_multiplier, f"a multiplier that is not in 1..{MULTIPLIER_MAX}"),
+    "channel_order": (_permutation, "an order of channels that is no permutation"),
+    "residual_signs": (_signs, "a sign that is neither 1 nor -1"),
+    "head_signs": (_signs, "a sign that is neither 1 nor -1"),
+}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ...kernels.eager.cache import decode_cache, encode_cache
+from ...kernels.cache import decode_cache, encode_cache
 from ..rotation.hadamard import orthonormal, plan_hadamard
 from .layers import NoCache, QuantizedCacheLayer, QuantizedSlidingLayer
 from .rope import KeyRotary

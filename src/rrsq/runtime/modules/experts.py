@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ... import kernels
 from ...kernels import Routing
 from .gradient import StraightThrough, needs_gradient
-from .input import FoldedInput, InputQuantizer, SmoothedInput
+from .input import InputQuantizer, Int8Input, SmoothedInput
 from .linear import PackedWeight
 from .rotation import rotated_input
 
@@ -91,7 +91,7 @@ class QuantizedExpertLinear(PackedWeight):
         scale: Tensor | None = None
         group_scale: Tensor | None = None
         tokens_per_set = 1
-        if isinstance(quantized, FoldedInput):
+        if isinstance(quantized, Int8Input):
             operand, scale = quantized.operand, quantized.scale
         elif isinstance(quantized, SmoothedInput):
             operand, scale, group_scale = quantized.codes, quantized.scale, quantized.group_scale
@@ -103,7 +103,7 @@ class QuantizedExpertLinear(PackedWeight):
             scale,
             group_scale,
             tokens_per_set,
-            routing,
+            *routing,
             rows_per_token,
             self.weight_packed,
             self.weight_scale,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,9 +15,9 @@ from .rotation import OnlineHadamard
 
 __all__ = [
     "FloatInput",
-    "FoldedInput",
     "InputQuantizer",
     "InputScheme",
+    "Int8Input",
     "QuantizedInput",
     "SmoothedInput",
     "Weight",
@@ -33,7 +34,7 @@ class InputScheme:
         clip: fraction of the largest magnitude that the top code stands for.
         group_size: channels that share a smoothing scale; None for no smoothing.
         scope, statistic: see :class:`rrsq.recipe.Smoothing`.
-        fold: smoothing scales are integers folded into the operand.
+        scales: of smoothing: ``integer``, multipliers inside the int8 operand, or ``real``.
         channel_order: ``none``, ``calibrated`` or ``per_call``.
     """
 
@@ -43,7 +44,7 @@ class InputScheme:
     group_size: int | None = None
     scope: str = "token"
     statistic: str = "max"
-    fold: bool = False
+    scales: str = "real"
     channel_order: str = "none"
 
     def __post_init__(self) -> None:
@@ -65,7 +66,7 @@ class Weight(NamedTuple):
     """A packed weight as a product takes it.
 
     Attributes:
-        packed: uint8 ``[out, in/2]``, layout of :mod:`rrsq.kernels.eager.packing`.
+        packed: uint8 ``[out, in/2]``, layout of :mod:`rrsq.kernels.packing`.
         scale: float32 ``[out]``.
         multiplier: uint8 ``[out, in/group_size]`` in 1..15, or None.
         bias: ``[out]`` or None.
@@ -87,13 +88,13 @@ class FloatInput:
 
     def multiply(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """``x Ŵᵀ + b``: ``[tokens, out]`` in ``dtype``, that of ``x``."""
-        return kernels.linear_weight_only(
+        return kernels.linear_w4a16(
             self.x, weight.packed, weight.scale, weight.multiplier, weight.bias, weight.unpacked
         )
 
 
 @dataclass(frozen=True)
-class FoldedInput:
+class Int8Input:
     """int8 ``operand [tokens, channels]`` and float32 ``scale [tokens]``: ``x ≈ operand * scale``."""
 
     operand: Tensor
@@ -101,7 +102,7 @@ class FoldedInput:
 
     def multiply(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """``x̂ Ŵᵀ + b``: ``[tokens, out]`` in ``dtype``."""
-        return kernels.linear_folded(
+        return kernels.linear_int8(
             self.operand,
             self.scale,
             weight.packed,
@@ -138,7 +139,7 @@ class SmoothedInput:
         )
 
 
-QuantizedInput = FloatInput | FoldedInput | SmoothedInput
+QuantizedInput = FloatInput | Int8Input | SmoothedInput
 
 
 class InputQuantizer(nn.Module):
@@ -164,8 +165,8 @@ class InputQuantizer(nn.Module):
         rows = x.reshape(-1, scheme.channels)
         if scheme.bits == 16 or scheme.simulated:
             return FloatInput(self.simulate(rows).to(x.dtype))
-        if scheme.group_size is None or scheme.fold:
-            return self._folded(rows)
+        if scheme.group_size is None or scheme.scales == "integer":
+            return self._quantize_tokens(rows)
         codes, scale, group_scale = kernels.quantize_smoothed(
             rows,
             scheme.bits,
@@ -179,17 +180,44 @@ class InputQuantizer(nn.Module):
         size = kernels.tokens_per_set(scheme.scope, rows.shape[0])
         return SmoothedInput(codes, scale, group_scale, size)
 
+    def prepare(self, rows: Tensor, weight: Weight, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+        """What quantizes rows like ``[tokens, channels]`` and multiplies them by a weight, looked up once.
+
+        None where no integers without real group scales are multiplied.
+        """
+        scheme = self.scheme
+        if scheme.bits == 16 or not (scheme.group_size is None or scheme.scales == "integer"):
+            return None
+        rotation = self._rotation_arguments(rows.device)
+        quantize = kernels.quantize_tokens.prepare(
+            rows, scheme.bits, scheme.group_size, scheme.clip, *rotation
+        )
+        multiply = kernels.linear_int8.prepare(
+            *quantize(rows),
+            weight.packed,
+            weight.scale,
+            weight.multiplier,
+            weight.bias,
+            dtype,
+            weight.unpacked,
+        )
+
+        def run(rows: Tensor) -> Tensor:
+            return multiply(*quantize(rows))
+
+        return run
+
     def _rotation_arguments(self, device: torch.device) -> tuple[Tensor | None, int, int]:
         rotation = self.rotation
         return (
             (None, 0, 1) if rotation is None else (rotation.base(device), rotation.plan.block, rotation.inner)
         )
 
-    def _folded(self, rows: Tensor) -> FoldedInput:
+    def _quantize_tokens(self, rows: Tensor) -> Int8Input:
         scheme = self.scheme
         rotation = self._rotation_arguments(rows.device)
-        return FoldedInput(
-            *kernels.quantize_folded(rows, scheme.bits, scheme.group_size, scheme.clip, *rotation)
+        return Int8Input(
+            *kernels.quantize_tokens(rows, scheme.bits, scheme.group_size, scheme.clip, *rotation)
         )
 
     def undo(self, grad: Tensor) -> Tensor:
@@ -201,9 +229,9 @@ class InputQuantizer(nn.Module):
     def simulate(self, x: Tensor) -> Tensor:
         """What the quantized input stands for: float32 ``[..., channels]`` in the original channel order."""
         scheme = self.scheme
-        if scheme.bits != 16 and (scheme.group_size is None or scheme.fold):
-            folded = self._folded(x.reshape(-1, scheme.channels))
-            return (folded.operand.float() * folded.scale.unsqueeze(1)).view(x.shape)
+        if scheme.bits != 16 and (scheme.group_size is None or scheme.scales == "integer"):
+            quantized = self._quantize_tokens(x.reshape(-1, scheme.channels))
+            return (quantized.operand.float() * quantized.scale.unsqueeze(1)).view(x.shape)
         x = x.float() if self.rotation is None else self.rotation(x.float())
         if scheme.bits == 16 or scheme.group_size is None:
             return x

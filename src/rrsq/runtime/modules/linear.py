@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,16 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ... import kernels
+from ...kernels.operation import forced_backend
 from .gradient import StraightThrough, needs_gradient
 from .input import InputQuantizer, Weight
 
 __all__ = ["FusedLinears", "PackedWeight", "Projections", "QuantizedLinear"]
+
+_DECODED = 64
+"""Tokens up to which what runs them is kept: of a decode step; for more the host's part does not matter."""
+
+_Runs = dict[tuple[int, torch.dtype, str | None], Callable[[Tensor], Tensor]]
 
 
 class PackedWeight(nn.Module):
@@ -28,7 +35,7 @@ class PackedWeight(nn.Module):
         input_quantizer: quantizer of the input.
 
     Attributes:
-        weight_packed: uint8 ``[..., out, in/2]``, layout of :mod:`rrsq.kernels.eager.packing`.
+        weight_packed: uint8 ``[..., out, in/2]``, layout of :mod:`rrsq.kernels.packing`.
         weight_scale: float32 ``[..., out]``.
         weight_multiplier: uint8 ``[..., out, in/group_size]`` in 1..15, or None.
     """
@@ -50,7 +57,14 @@ class PackedWeight(nn.Module):
             multiplier = torch.ones(*leading, in_features // group_size, dtype=torch.uint8)
         self.register_buffer("weight_multiplier", multiplier)
         self._input = (input_quantizer,)
+        self._forget()
+
+    def _forget(self) -> None:
+        """What is derived from the weight is made anew."""
         self._operand: Tensor | None = None
+        self._seen: weakref.ref[Tensor] | None = None
+        self._prepared_for: Tensor | None = None
+        self._runs: _Runs = {}
 
     @property
     def input_quantizer(self) -> InputQuantizer:
@@ -69,7 +83,7 @@ class PackedWeight(nn.Module):
         self.weight_scale[index] = scale.to(self.weight_scale.device)
         if self.weight_multiplier is not None and multiplier is not None:
             self.weight_multiplier[index] = multiplier.to(self.weight_multiplier.device)
-        self._operand = None
+        self._forget()
 
     def dequantized_weight(self) -> Tensor:
         """The weight the codes stand for: float32 ``[..., out, in]``, columns in the stored channel order."""
@@ -91,19 +105,22 @@ class PackedWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own unpacked weight, and does not carry the tensor that its linears share.
         buffers = {name: None if x is None else x.clone() for name, x in self._buffers.items()}
-        return {**self.__dict__, "_operand": None, "_buffers": buffers}
+        forgotten: dict[str, Any] = {"_operand": None, "_seen": None, "_prepared_for": None, "_runs": {}}
+        return {**self.__dict__, **forgotten, "_buffers": buffers}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Scales stay float32 whatever dtype the model is cast to; an unpacked copy belongs to the old device.
-        self._operand = None
+        self._forget()
         scale = self.weight_scale
         module = super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
+        if self.input_quantizer.rotation is not None:
+            self.input_quantizer.rotation.follow(self.weight_packed.device)
         return module
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._operand = None
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
         self.weight_packed = self.weight_packed.detach()  # Another object: see FusedLinears.
 
@@ -149,16 +166,44 @@ class QuantizedLinear(PackedWeight):
         """``[..., in]`` to ``[..., out]`` in the dtype of ``x``; of projections, this linear's."""
         if isinstance(x, Projections):
             return x.outputs[self.place]
-        if needs_gradient(x):
-            return StraightThrough.apply(x, self._multiply, self._input_gradient)
+        if is_compiling() or needs_gradient(x):
+            if needs_gradient(x):
+                return StraightThrough.apply(x, self._multiply, self._input_gradient)
+            return self._multiply(x)
+        packed = self._buffers["weight_packed"]
+        if self._prepared_for is not packed:
+            return self._first_call(x)
+        rows = x.reshape(-1, self.in_features)
+        run = self._runs.get((rows.shape[0], x.dtype, forced_backend()))
+        if run is None:
+            return self._prepare(x, rows)
+        return run(rows).view(*x.shape[:-1], self.out_features)
+
+    def _first_call(self, x: Tensor) -> Tensor:
+        """With a weight that was not there at the last call: it may be gone at the next (offloading)."""
+        packed = self.weight_packed
+        if self._seen is not None and self._seen() is packed:
+            self._prepared_for, self._runs = packed, {}
+        else:
+            self._forget()
+            self._seen = weakref.ref(packed)
+        return self._multiply(x)
+
+    def _prepare(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Keep what runs this number of tokens, if they are few."""
+        if 0 < rows.shape[0] <= _DECODED:
+            run = self.input_quantizer.prepare(rows, self._weight(), x.dtype)
+            if run is not None:
+                self._runs[rows.shape[0], x.dtype, forced_backend()] = run
         return self._multiply(x)
 
     def _multiply(self, x: Tensor) -> Tensor:
-        weight = Weight(
-            self.weight_packed, self.weight_scale, self.weight_multiplier, self.bias, self._cpu_operand()
-        )
-        y = self.input_quantizer(x).multiply(weight, x.dtype)
+        y = self.input_quantizer(x).multiply(self._weight(), x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _weight(self) -> Weight:
+        unpacked = self._cpu_operand()
+        return Weight(self.weight_packed, self.weight_scale, self.weight_multiplier, self.bias, unpacked)
 
     def _input_gradient(self, grad: Tensor) -> Tensor:
         return self.input_quantizer.undo(grad.float() @ self.dequantized_weight())
@@ -213,6 +258,8 @@ class FusedLinears(nn.Module):
         for place, linear in enumerate(self._linears):
             linear.place = place
         self._joined: tuple[tuple[Tensor, ...], Weight] | None = None
+        self._runs: _Runs = {}
+        self._rows = [linear.out_features for linear in self._linears]
         parent.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def forward(self, x: Tensor) -> Projections | Tensor:
@@ -222,9 +269,24 @@ class FusedLinears(nn.Module):
             return x
         if needs_gradient(x):
             y = StraightThrough.apply(x, lambda x: self._multiply(x, weight), self._input_gradient)
-        else:
+        elif is_compiling():
             y = self._multiply(x, weight)
-        return Projections(x, y.split([linear.out_features for linear in self._linears], dim=-1))
+        else:
+            rows = x.reshape(-1, x.shape[-1])
+            run = self._runs.get((rows.shape[0], x.dtype, forced_backend()))
+            if run is None:
+                y = self._prepare(x, rows, weight)
+            else:
+                y = run(rows).view(*x.shape[:-1], -1)
+        return Projections(x, y.split(self._rows, dim=-1))
+
+    def _prepare(self, x: Tensor, rows: Tensor, weight: Weight) -> Tensor:
+        """Keep what runs this number of tokens, if they are few."""
+        if 0 < rows.shape[0] <= _DECODED:
+            run = self._linears[0].input_quantizer.prepare(rows, weight, x.dtype)
+            if run is not None:
+                self._runs[rows.shape[0], x.dtype, forced_backend()] = run
+        return self._multiply(x, weight)
 
     def _multiply(self, x: Tensor, weight: Weight) -> Tensor:
         y = self._linears[0].input_quantizer(x).multiply(weight, x.dtype)
@@ -237,6 +299,7 @@ class FusedLinears(nn.Module):
     def join(self) -> None:
         """Make one weight of the linears', which become views of it; nothing where they are not together."""
         self._joined = None
+        self._runs = {}
         linears = self._linears
         device = linears[0].weight_packed.device
         if device.type == "meta" or any(linear.weight_packed.device != device for linear in linears):
@@ -250,7 +313,7 @@ class FusedLinears(nn.Module):
 
     def _cat(self, name: str) -> Tensor:
         whole = torch.cat([getattr(linear, name) for linear in self._linears])
-        parts = whole.split([linear.out_features for linear in self._linears])
+        parts = whole.split(self._rows)
         for linear, part in zip(self._linears, parts, strict=True):
             setattr(linear, name, part)
         return whole
@@ -292,4 +355,4 @@ class FusedLinears(nn.Module):
         return module
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_joined": None}
+        return {**self.__dict__, "_joined": None, "_runs": {}}

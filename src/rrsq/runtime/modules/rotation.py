@@ -44,11 +44,13 @@ class OnlineHadamard(nn.Module):
         return self._base
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # It follows the model to its device, so that a compiled forward pass finds it there.
-        device = fn(torch.empty(0)).device
+        self.follow(fn(torch.empty(0)).device)
+        return super()._apply(fn, recurse)
+
+    def follow(self, device: torch.device) -> None:
+        """Have the base where the model is, so that a compiled forward pass finds it there."""
         if device.type != "meta":
             self.base(device)
-        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ R`` for ``x`` ``[..., size * inner]``; float32 for lower precisions."""

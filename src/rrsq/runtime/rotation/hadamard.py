@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rrsq.errors import HadamardOrderError
-from rrsq.kernels.eager.hadamard import hadamard_transform, sylvester
+from rrsq.kernels.rotation import hadamard_transform, sylvester
 from rrsq.runtime.rotation.constructions import CONSTRUCTIONS, find_construction
 
 __all__ = [
@@ -149,7 +149,7 @@ def rotate_columns(W: Tensor, plan: HadamardPlan) -> Tensor:
         raise HadamardOrderError(
             f"cannot rotate {W.shape[-1]} columns by {plan}: make the plan for this tensor's last dimension"
         )
-    return hadamard_transform(W, base_matrix(plan).to(W.device), plan.block)
+    return hadamard_transform.reference(W, base_matrix(plan).to(W.device), plan.block)
 
 
 def _is_power_of_two(number: int) -> bool:

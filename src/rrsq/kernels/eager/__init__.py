@@ -1,1 +1,0 @@
-"""The reference implementation of every kernel, in plain PyTorch."""

@@ -1,0 +1,384 @@
+"""The product with packed weights unpacked in registers: small and medium numbers of tokens.
+
+It computes Y^T = W X^T, so that the weight is the left operand, which the tensor cores take from registers:
+what is unpacked there need not go back to shared memory. K is split over programs where the output has too
+few tiles to fill the GPU; the partial sums are integers and are added by the program that arrives last, in a
+fixed order, so results are deterministic.
+
+Programs that share a sum leave their parts in memory and count who has arrived. Counters are zero before
+every launch, and left at zero by every launch. Calls on one stream follow each other, so they share one
+buffer a stream. A call that is captured in a CUDA graph may be replayed at any time: it gets counters of its
+own from a reserve that is allocated outside of capture. Where the reserve is used up, or missing because
+nothing ran before the capture, the graph clears its own.
+"""
+
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+
+import torch
+from torch import Tensor
+
+from ._triton import COMPILED, ceil_div, tl, triton
+from .packing import (
+    group_size_of,
+    pack_block,
+    scaled_high,
+    scaled_low,
+    sixteenfold_high,
+    sixteenfold_low,
+)
+from .plans import FusedPlan
+
+__all__ = [
+    "MAXIMUM_COUNTERS",
+    "add_parts",
+    "counters",
+    "multiply_packed",
+    "packed_gemm",
+    "read_step",
+    "split_sums",
+    "unpack_step",
+]
+
+MAXIMUM_COUNTERS = 4096
+_RESERVE = 1 << 20
+_by_stream: dict[tuple[torch.device, int], Tensor] = {}
+_reserves: dict[torch.device, tuple[Tensor, int]] = {}
+
+
+def counters(count: int, device: torch.device) -> Tensor:
+    """``count`` (at most :data:`MAXIMUM_COUNTERS`) zero int32 for one launch on the current stream."""
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        reserve, used = _reserves.get(device, (None, _RESERVE))
+        if reserve is None or used + count > _RESERVE:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        _reserves[device] = (reserve, used + count)
+        return reserve[used : used + count]
+    if device not in _reserves:
+        _reserves[device] = (torch.zeros(_RESERVE, dtype=torch.int32, device=device), 0)
+        torch.cuda.current_stream(device).synchronize()
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _by_stream:
+        _by_stream[key] = torch.zeros(MAXIMUM_COUNTERS, dtype=torch.int32, device=device)
+    return _by_stream[key]
+
+
+def split_sums(
+    plan: FusedPlan, tiles: int, row_bytes: int, dtype: torch.dtype, unused: Tensor
+) -> tuple[int, Tensor, Tensor]:
+    """How many programs share a tile's sum over K, the room for their parts, and the tiles' counters.
+
+    Args:
+        plan: asks for ``plan.split``; there are no more parts than steps of K.
+        tiles: number of tiles.
+        row_bytes: packed bytes of a weight row.
+        dtype: of the sums.
+        unused: on the device; stands for both where nothing is split.
+    """
+    split = min(plan.split, -(-row_bytes // plan.block_bytes))
+    if split == 1 or tiles > MAXIMUM_COUNTERS:
+        return 1, unused, unused
+    size = tiles * split * plan.block_out * plan.block_tokens
+    return split, torch.empty(size, dtype=dtype, device=unused.device), counters(tiles, unused.device)
+
+
+@triton.jit
+def _spread(multiplier, ROWS: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr):
+    """Repeat each of ``[ROWS, GROUPS]`` multipliers ``SPAN`` times along the row."""
+    return tl.broadcast_to(multiplier[:, :, None], [ROWS, GROUPS, SPAN]).reshape(ROWS, GROUPS * SPAN)
+
+
+@triton.jit
+def read_step(
+    operand_pointer,
+    packed_pointer,
+    multiplier_pointer,
+    x_row,
+    present,
+    row,
+    step,
+    in_features,
+    HALF: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    EVEN: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """One step of K: packed bytes of the weight, its multipliers, and the channels that the nibbles meet.
+
+    Arguments are those of :func:`multiply_packed`. Returns uint8 ``[BLOCK_OUT, BLOCK_BYTES]``; uint8 of the
+    same shape for low and for high nibbles (anything without multipliers); and the operand of low and of high
+    nibbles ``[BLOCK_BYTES, BLOCK_TOKENS]``.
+    """
+    row_bytes = tl.multiple_of(in_features // 2, 16)
+    byte = step * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
+    channel = (byte // HALF) * (2 * HALF) + byte % HALF
+    channel = tl.max_contiguous(tl.multiple_of(channel, 16), 16)
+    packed_pointers = packed_pointer + (row * row_bytes)[:, None] + byte[None, :]
+    x_pointers = operand_pointer + (x_row * in_features)[None, :] + channel[:, None]
+    if EVEN:
+        packed = tl.load(packed_pointers)
+        if FULL:
+            x_low = tl.load(x_pointers)
+            x_high = tl.load(x_pointers + HALF)
+        else:
+            x_low = tl.load(x_pointers, mask=present[None, :], other=0)
+            x_high = tl.load(x_pointers + HALF, mask=present[None, :], other=0)
+    else:
+        packed = tl.load(packed_pointers, mask=(byte < row_bytes)[None, :], other=0)
+        inside = (byte < row_bytes)[:, None] & present[None, :]
+        x_low = tl.load(x_pointers, mask=inside, other=0)
+        x_high = tl.load(x_pointers + HALF, mask=inside, other=0)
+    low_multiplier = packed
+    high_multiplier = packed
+    if GROUP > 0:
+        # A step's multipliers are neighbours in memory: one small pipelined load, split in registers.
+        MULTIPLIERS: tl.constexpr = 2 * BLOCK_BYTES // GROUP if 2 * BLOCK_BYTES > GROUP else 1
+        SPAN: tl.constexpr = GROUP if GROUP < HALF else HALF
+        groups = in_features // GROUP
+        if GROUP == 32 and HALF == 64:
+            groups = tl.multiple_of(groups, 4)
+        group = step * (2 * BLOCK_BYTES) // GROUP + tl.arange(0, MULTIPLIERS)
+        if not EVEN:
+            group = tl.minimum(group, groups - 1)
+        multiplier = tl.load(multiplier_pointer + (row * groups)[:, None] + group[None, :])
+        if GROUP <= HALF:
+            halves = multiplier.reshape(BLOCK_OUT, BLOCK_BYTES // HALF, 2, HALF // SPAN).permute(0, 1, 3, 2)
+            low_each, high_each = tl.split(halves)
+            low_each = low_each.reshape(BLOCK_OUT, BLOCK_BYTES // SPAN)
+            high_each = high_each.reshape(BLOCK_OUT, BLOCK_BYTES // SPAN)
+        else:
+            REPEAT: tl.constexpr = BLOCK_BYTES // HALF // MULTIPLIERS
+            low_each = _spread(multiplier, BLOCK_OUT, MULTIPLIERS, REPEAT)
+            high_each = low_each
+        low_multiplier = _spread(low_each, BLOCK_OUT, BLOCK_BYTES // SPAN, SPAN)
+        high_multiplier = _spread(high_each, BLOCK_OUT, BLOCK_BYTES // SPAN, SPAN)
+    return packed, low_multiplier, high_multiplier, x_low, x_high
+
+
+@triton.jit
+def unpack_step(packed, low_multiplier, high_multiplier, GROUP: tl.constexpr, PTX: tl.constexpr):
+    """Low and high nibbles of a step times their multipliers as int8; 16 times their codes without any.
+
+    For 8-bit products only: the registers that these take hold four codes of one row.
+    """
+    if GROUP > 0:
+        low = scaled_low(packed, low_multiplier, PTX)
+        high = scaled_high(packed, high_multiplier, PTX)
+    else:
+        low = sixteenfold_low(packed, PTX)
+        high = sixteenfold_high(packed, PTX)
+    return low, high
+
+
+@triton.jit
+def multiply_packed(
+    operand_pointer,
+    packed_pointer,
+    multiplier_pointer,
+    x_row,
+    present,
+    row,
+    first,
+    last,
+    in_features,
+    HALF: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    FULL: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """``weight[row] @ operand[x_row].T`` over the steps ``first`` to ``last`` of K.
+
+    ``row`` int64 ``[BLOCK_OUT]`` and ``x_row`` int64 ``[BLOCK_TOKENS]``, of which those that are ``present``
+    are read; ``FULL``: all. A step takes ``BLOCK_BYTES`` packed bytes of each row, a multiple of ``HALF``;
+    ``EVEN``: it divides the row. Returns int32 ``[BLOCK_OUT, BLOCK_TOKENS]``, 16 times the sums where there
+    are no multipliers (``GROUP`` 0).
+    """
+    accumulator = tl.zeros([BLOCK_OUT, BLOCK_TOKENS], tl.int32)
+    for step in tl.range(first, last, num_stages=STAGES):
+        packed, low_multiplier, high_multiplier, x_low, x_high = read_step(
+            operand_pointer,
+            packed_pointer,
+            multiplier_pointer,
+            x_row,
+            present,
+            row,
+            step,
+            in_features,
+            HALF,
+            GROUP,
+            BLOCK_OUT,
+            BLOCK_BYTES,
+            EVEN,
+            FULL,
+        )
+        low, high = unpack_step(packed, low_multiplier, high_multiplier, GROUP, PTX)
+        accumulator = tl.dot(low, x_low, accumulator, out_dtype=tl.int32)
+        accumulator = tl.dot(high, x_high, accumulator, out_dtype=tl.int32)
+    return accumulator
+
+
+@triton.jit
+def add_parts(
+    accumulator,
+    partial_pointer,
+    counter_pointer,
+    tile,
+    part,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Leave a part's sums in memory; the program that arrives last gets the total of its tile.
+
+    ``partial_pointer`` ``[tiles, SPLIT, BLOCK_OUT, BLOCK_TOKENS]`` of the sums' dtype; ``counter_pointer``
+    int32 ``[tiles]``, zero before and after. Returns whether this program is the last one, and the total if
+    it is.
+    """
+    TILE: tl.constexpr = BLOCK_OUT * BLOCK_TOKENS
+    inside = tl.arange(0, BLOCK_OUT)[:, None] * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[None, :]
+    mine = partial_pointer + tile.to(tl.int64) * (SPLIT * TILE) + inside
+    tl.store(mine + part * TILE, accumulator)
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter_pointer + tile, 1, sem="acq_rel", scope="gpu")
+    finished = arrived == SPLIT - 1
+    if finished:
+        accumulator = tl.zeros([BLOCK_OUT, BLOCK_TOKENS], accumulator.dtype)
+        for other in tl.static_range(SPLIT):
+            accumulator += tl.load(mine + other * TILE, cache_modifier=".cg")
+        tl.store(counter_pointer + tile, 0)
+    return finished, accumulator
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _packed_gemm_kernel(
+    operand_pointer,
+    scale_pointer,
+    packed_pointer,
+    multiplier_pointer,
+    weight_scale_pointer,
+    bias_pointer,
+    out_pointer,
+    partial_pointer,
+    counter_pointer,
+    tokens,
+    out_features,
+    in_features,
+    HALF: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    FULL: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """One tile ``[BLOCK_OUT, BLOCK_TOKENS]`` of Y^T, or one of its ``SPLIT`` parts.
+
+    ``partial_pointer`` and ``counter_pointer``: see :func:`add_parts`.
+    """
+    tile_token = tl.program_id(0)
+    tile_out = tl.program_id(1)
+    part = tl.program_id(2)
+    out = tile_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = tl.minimum(out, out_features - 1).to(tl.int64)
+    token = tile_token * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    x_row = tl.minimum(token, tokens - 1).to(tl.int64)
+    steps = tl.cdiv(in_features // 2, BLOCK_BYTES)
+    first = part * steps // SPLIT
+    last = (part + 1) * steps // SPLIT
+    accumulator = multiply_packed(
+        operand_pointer,
+        packed_pointer,
+        multiplier_pointer,
+        x_row,
+        token < tokens,
+        row,
+        first,
+        last,
+        in_features,
+        HALF,
+        GROUP,
+        BLOCK_TOKENS,
+        BLOCK_OUT,
+        BLOCK_BYTES,
+        STAGES,
+        EVEN,
+        FULL,
+        PTX,
+    )
+    finished = True
+    if SPLIT > 1:
+        tile = tile_out * tl.num_programs(0) + tile_token
+        finished, accumulator = add_parts(
+            accumulator, partial_pointer, counter_pointer, tile, part, BLOCK_TOKENS, BLOCK_OUT, SPLIT
+        )
+    if finished:
+        if GROUP == 0:
+            accumulator = accumulator >> 4
+        scale = tl.load(scale_pointer + x_row)
+        y = accumulator.to(tl.float32) * scale[None, :] * tl.load(weight_scale_pointer + row)[:, None]
+        if HAS_BIAS:
+            y += tl.load(bias_pointer + row).to(tl.float32)[:, None]
+        offset = token.to(tl.int64)[None, :] * out_features + out[:, None]
+        mask = (token < tokens)[None, :] & (out < out_features)[:, None]
+        tl.store(out_pointer + offset, y.to(out_pointer.dtype.element_ty), mask=mask)
+
+
+def packed_gemm(
+    plan: FusedPlan,
+    operand: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    unpacked: Tensor | None = None,
+) -> None:
+    """Compute ``out`` ``[tokens, out_features]`` of :func:`rrsq.kernels.linear_int8`.
+
+    ``unpacked`` is not read.
+    """
+    tokens, in_features = operand.shape
+    out_features, row_bytes = packed.shape
+    tiles_token, tiles_out = ceil_div(tokens, plan.block_tokens), ceil_div(out_features, plan.block_out)
+    split, partial, meeting = split_sums(plan, tiles_token * tiles_out, row_bytes, torch.int32, scale)
+    _packed_gemm_kernel[(tiles_token, tiles_out, split)](
+        operand,
+        scale,
+        packed,
+        packed if multiplier is None else multiplier,
+        weight_scale,
+        weight_scale if bias is None else bias,
+        out,
+        partial,
+        meeting,
+        tokens,
+        out_features,
+        in_features,
+        HALF=pack_block(in_features) // 2,
+        GROUP=group_size_of(in_features, multiplier),
+        HAS_BIAS=bias is not None,
+        BLOCK_TOKENS=plan.block_tokens,
+        BLOCK_OUT=plan.block_out,
+        BLOCK_BYTES=plan.block_bytes,
+        SPLIT=split,
+        STAGES=plan.stages,
+        EVEN=row_bytes % plan.block_bytes == 0,
+        FULL=tokens % plan.block_tokens == 0,
+        PTX=COMPILED,
+        enable_fp_fusion=False,
+        num_warps=plan.warps,
+        num_stages=plan.stages,
+    )

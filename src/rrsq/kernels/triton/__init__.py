@@ -1,1 +1,0 @@
-"""The Triton kernels. Imported only when the dispatch first chooses one."""

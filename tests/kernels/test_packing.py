@@ -1,0 +1,98 @@
+"""INT4 packing: the documented layout, byte by byte, and its round trip."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rrsq import kernels
+from rrsq.kernels import pack_int4, unpack_int4, weight_operand
+
+from .problems import make_problem, needs_triton
+
+SIZES = [2, 6, 64, 96, 128, 576, 896]
+
+
+def random_codes(out_features: int, in_features: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-8, 8, (out_features, in_features), generator=generator).to(torch.int8)
+
+
+@given(in_features=st.sampled_from(SIZES), out_features=st.integers(1, 5), seed=st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_packing_loses_nothing(in_features: int, out_features: int, seed: int) -> None:
+    codes = random_codes(out_features, in_features, seed)
+    packed = pack_int4(codes)
+    assert packed.shape == (out_features, in_features // 2)
+    assert packed.dtype == torch.uint8
+    assert torch.equal(unpack_int4(packed), codes)
+    assert unpack_int4(packed).dtype == torch.int8
+
+
+@pytest.mark.parametrize("in_features", SIZES)
+def test_the_layout_is_the_documented_one(in_features: int) -> None:
+    """Byte ``j`` of a block of ``b = gcd(in, 128)``: channel ``j`` low, channel ``j + b/2`` high, plus 8."""
+    codes = random_codes(3, in_features, seed=in_features)
+    packed = pack_int4(codes)
+    block = math.gcd(in_features, 128)
+    for row in range(3):
+        for byte in range(in_features // 2):
+            start = byte // (block // 2) * block
+            channel = start + byte % (block // 2)
+            low, high = int(codes[row, channel]) + 8, int(codes[row, channel + block // 2]) + 8
+            assert int(packed[row, byte]) == low | high << 4
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_any_integer_dtype_is_packed_alike(dtype: torch.dtype) -> None:
+    codes = random_codes(4, 64, seed=0)
+    assert torch.equal(pack_int4(codes.to(dtype)), pack_int4(codes))
+
+
+@pytest.mark.parametrize("code", [-9, 8, 127])
+def test_a_code_out_of_range_is_refused(code: int) -> None:
+    codes = torch.zeros(2, 4, dtype=torch.int32)
+    codes[1, 3] = code
+    with pytest.raises(ValueError, match=r"\[-8, 7\]"):
+        pack_int4(codes)
+
+
+@pytest.mark.parametrize("in_features", [1, 3, 129])
+def test_an_odd_number_of_channels_is_refused(in_features: int) -> None:
+    with pytest.raises(ValueError, match="even number"):
+        pack_int4(torch.zeros(2, in_features, dtype=torch.int8))
+
+
+@pytest.mark.parametrize(("in_features", "group"), [(6, 2), (96, 32), (128, 128), (576, 64)])
+def test_the_operand_is_code_times_multiplier(in_features: int, group: int) -> None:
+    codes = random_codes(4, in_features, seed=1)
+    multiplier = torch.randint(1, 16, (4, in_features // group), generator=torch.Generator().manual_seed(2))
+    operand = weight_operand(pack_int4(codes), multiplier.to(torch.uint8))
+    for row in range(4):
+        for channel in range(in_features):
+            expected = int(codes[row, channel]) * int(multiplier[row, channel // group])
+            assert int(operand[row, channel]) == expected
+
+
+def test_the_largest_products_fit_int8() -> None:
+    codes = torch.tensor([[-8, 7]], dtype=torch.int8)
+    operand = weight_operand(pack_int4(codes), torch.tensor([[15]], dtype=torch.uint8))
+    assert operand.tolist() == [[-120, 105]]
+
+
+@needs_triton
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("in_features", [64, 576, 100])
+def test_unpacking(in_features, group_size, device):
+    if group_size and in_features % group_size:
+        group_size = in_features // 2
+    problem = make_problem(1, 37, in_features, group_size=group_size, device=device)
+    with kernels.use_kernels("triton"):
+        actual = kernels.weight_operand(problem.packed, problem.multiplier)
+    with kernels.use_kernels("eager"):
+        assert torch.equal(actual, kernels.weight_operand(problem.packed, problem.multiplier))
