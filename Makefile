@@ -6,16 +6,18 @@ MODELS ?= $(HOME)/.cache/rrsq-models
 # The oldest transformers that pyproject.toml admits, in an environment that has all else from the first.
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 OLDEST_VENV := $(VENV)-oldest
+VLLM_VENV ?= $(VENV)-vllm
 
 # What depends on transformers: its models, its caches, its way of loading.
 VERSIONED_TESTS := tests/models tests/runtime tests/quantizer/production tests/quantizer/calibration
 
-.PHONY: help install demo test test-oldest test-real test-gpu lint clean
+.PHONY: help install demo test test-oldest test-vllm test-real test-gpu lint clean
 
 help:
 	@echo "make demo       quantize a small real model, evaluate it before and after, and let it write"
 	@echo "make test       run the tests (no network, no GPU)"
 	@echo "make test-oldest  run those on models, checkpoints and caches with transformers $(OLDEST)"
+	@echo "make test-vllm  run those on serving with vLLM, of which 300 MB are downloaded first (no GPU)"
 	@echo "make test-real  run the tests on real models in MODELS=... with text under RRSQ_DATA_ROOT"
 	@echo "make test-gpu   run the tests that need a CUDA device, with the python that PYTHON names"
 	@echo "make lint       ruff and mypy"
@@ -47,6 +49,17 @@ $(OLDEST_VENV)/.installed: $(VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "transformers==$(OLDEST).*"
 	touch $@
 
+test-vllm: $(VLLM_VENV)/.installed
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q tests/vllm
+
+$(VLLM_VENV)/.installed: $(VENV)/.installed tests/vllm/environment.py
+	rm -rf $(VLLM_VENV)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > "$$($(VLLM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth"
+	$(BIN)/python tests/vllm/environment.py $(VLLM_VENV)/bin/python
+	touch $@
+
 test-real: install
 	RRSQ_TEST_MODELS="$(MODELS)" $(BIN)/python -m pytest -q -m real
 
@@ -59,4 +72,4 @@ lint: install
 	$(BIN)/mypy --config-file pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) build dist demo-out
+	rm -rf $(VENV) $(OLDEST_VENV) $(VLLM_VENV) build dist demo-out

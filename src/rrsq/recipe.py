@@ -65,7 +65,7 @@ class Rotation(_Part):
         default=1,
         ge=1,
         le=LARGEST,
-        description="R4 is block-diagonal over this many tensor-parallel shards",
+        description="R4 and the rotation across heads stay within this many tensor-parallel shards",
     )
 
     @field_validator("blocks")

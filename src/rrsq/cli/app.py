@@ -36,6 +36,8 @@ from rrsq.cli.quantize import EXAMPLES as QUANTIZE_EXAMPLES
 from rrsq.cli.quantize import quantize
 from rrsq.cli.recipes import EXAMPLES as RECIPES_EXAMPLES
 from rrsq.cli.recipes import recipes
+from rrsq.cli.serve import EXAMPLES as SERVE_EXAMPLES
+from rrsq.cli.serve import serve
 
 __all__ = ["app"]
 
@@ -75,6 +77,7 @@ _add("eval", evaluate, EVAL_EXAMPLES, MEASURE)
 _add("compare", compare, COMPARE_EXAMPLES, MEASURE)
 _add("bench", bench, BENCH_EXAMPLES, MEASURE)
 _add("generate", generate, GENERATE_EXAMPLES, LOOK)
+_add("serve", serve, SERVE_EXAMPLES, LOOK)
 _add("inspect", inspect_checkpoint, INSPECT_EXAMPLES, LOOK)
 _add("doctor", doctor, DOCTOR_EXAMPLES, LOOK)
 

@@ -120,7 +120,7 @@ def test_logits_do_not_change_for_awkward_sizes(config: Any, shards: int) -> Non
     tokens = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(1))
     before = logits_of(model, tokens)
     rotations = rotate(model, Rotation(shards=shards))
-    assert (rotations.across_heads is not None) == (config.num_attention_heads == 12)
+    assert (rotations.across_heads is not None) == (config.num_attention_heads // shards == 12)
     assert relative(logits_of(model, tokens), before) < 1e-5
 
 
@@ -186,6 +186,14 @@ def test_shards_are_not_mixed(tiny_qwen2_dir: Path) -> None:
     assert float(rotated[:48, 48:].abs().max()) == 0.0
     assert float(rotated[48:, :48].abs().max()) == 0.0
     torch.testing.assert_close(rotated @ rotated.T, torch.eye(96, dtype=torch.float64))
+
+
+def test_heads_of_different_shards_are_not_mixed() -> None:
+    sizes = ModelSizes(hidden=96, intermediate=160, heads=8, kv_heads=2, head_dim=16, layers=1)
+    plan = make_rotations(Rotation(shards=4), sizes, 0).across_heads
+    assert plan is not None
+    assert (plan.size, plan.block) == (8, 2)
+    assert make_rotations(Rotation(shards=8), sizes, 0).across_heads is None
 
 
 def test_signs_come_from_the_seed() -> None:

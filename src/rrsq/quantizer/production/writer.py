@@ -114,6 +114,13 @@ def model_card(info: CheckpointInfo, report: QuantizationReport) -> str:
         'or `rrsq generate this/folder "Once upon a time"`. Without the import, transformers stops at'
         " a tensor of another shape than the model's.",
         "",
+        "As a server with continuous batching, with [vLLM](https://docs.vllm.ai) on a GPU:",
+        "",
+        "```bash",
+        "pip install 'rrsq[vllm]'",
+        "rrsq serve this/folder",
+        "```",
+        "",
         "## What was done",
         "",
         *_table(["", ""], _facts(info, report)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,16 +94,18 @@ def make_rotations(
         folds_residual: R1 can be folded (:attr:`ModelFamily.folds_residual`); else it is applied online.
 
     Returns:
-        The rotations. The rotation across heads is left out where no Hadamard matrix of order ``heads``
-        exists (9 or 14 heads, for example); R1, R2 and R4 fall back to block-diagonal matrices, which
-        :meth:`Rotations.describe` shows.
+        The rotations. R4 and the rotation across heads stay within the recipe's shards. The latter is left
+        out where no Hadamard matrix has as many rows as a shard has heads (9 or 14, for example); R1, R2 and
+        R4 fall back to block-diagonal matrices, which :meth:`Rotations.describe` shows.
     """
     if recipe is None:
         return Rotations()
     generator = torch.Generator().manual_seed(seed)
     residual = RandomizedHadamard(_signs(sizes.hidden, generator), plan_hadamard(sizes.hidden))
     head = RandomizedHadamard(_signs(sizes.head_dim, generator), plan_hadamard(sizes.head_dim))
-    across = recipe.across_heads and sizes.heads > 1 and is_known_order(sizes.heads)
+    head_shards = math.gcd(sizes.heads, recipe.shards)
+    mixed_heads = sizes.heads // head_shards
+    across = recipe.across_heads and mixed_heads > 1 and is_known_order(mixed_heads)
     sizes_of_r4 = (sizes.intermediate, *sizes.more_intermediate) if recipe.intermediate else ()
     plans = {size: plan_hadamard(size, shards=recipe.shards) for size in sizes_of_r4}
     r4 = {size: plan for size, plan in plans.items() if plan.block > 1}
@@ -111,7 +114,7 @@ def make_rotations(
         residual=residual if recipe.residual and folds_residual else None,
         residual_online=residual.plan if online else None,
         head=head if recipe.head else None,
-        across_heads=plan_hadamard(sizes.heads) if across else None,
+        across_heads=plan_hadamard(sizes.heads, shards=head_shards) if across else None,
         intermediate=r4.pop(sizes.intermediate, None),
         more_intermediate=tuple(r4.values()),
         blocks=recipe.blocks,
