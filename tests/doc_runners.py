@@ -175,6 +175,28 @@ def run_expert_speed(command: Command, output: Path, monkeypatch: pytest.MonkeyP
     run_script([*words, "--tokens", "1,3"], monkeypatch)
 
 
+def run_serve(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint is checked; vLLM is not started."""
+    _, *words = command.words
+    place = words.index("--") if "--" in words else len(words)
+    if "--tensor-parallel-size" in words:  # The default checkpoint serves one process.
+        number = words.index("--tensor-parallel-size") + 1
+        words[number] = "1"
+    rrsq([*words[:place], "--dry-run", *words[place:]])
+
+
+def run_serving_speed(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without vLLM: each contender takes no time."""
+    from rrsq.benchmarking import serving
+
+    def instant(name: str, description: Any, loads: Any, engine: Any) -> serving.Served:
+        measured = [serving.Measurement(load.batch, load.context, 1.0, 1.0) for load in loads]
+        return serving.Served(name, "no GPU", 1, 1, 0.0, measured)
+
+    monkeypatch.setattr(serving, "measure_in_process", instant)
+    run_script(command.words[1:], monkeypatch)
+
+
 def run_torchrun(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun reads its command line; the processes are forked, since each of its own imports torch anew."""
     from torch.distributed.run import parse_args
@@ -249,10 +271,12 @@ def run_pytest(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) 
 
 # By how a command line starts; the first that fits runs it.
 RUNNERS: dict[str, Runner] = {
+    "rrsq serve ": run_serve,
     "rrsq ": run_rrsq,
     "python -m rrsq.lm_eval ": run_lm_eval,
     "python examples/big_model.py ": run_big_model,
     "python examples/expert_speed.py ": run_expert_speed,
+    "python examples/serving_speed.py ": run_serving_speed,
     "python examples/": run_example,
     "torchrun ": run_torchrun,
     "make ": run_make,

@@ -114,8 +114,11 @@ def test_another_format_version(make: Make, tmp_path: Path) -> None:
 
 def test_a_shard_that_was_not_copied(make: Make, tmp_path: Path) -> None:
     folder = shutil.copytree(make("llama", llama()), tmp_path / "out")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    files = {name: f"model-0000{1 + ('head' in name)}-of-00002.safetensors" for name, _ in tensors_of(folder)}
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"lacks the file '.*model-00002-of-00002\.safetensors'"):
         engine_config(folder)
 
 

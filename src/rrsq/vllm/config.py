@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from ..models import ModelFamily, family_for
 from ..runtime.format.format import QUANT_METHOD, CheckpointInfo, parse_info
 from ..runtime.format.json_files import read_config
+from ..runtime.format.shards import has_shards
 from ..runtime.format.validate import check_description, check_layers
 from ..runtime.scheme import head_is_kept
 from .experts import RRSQExpertsMethod
@@ -90,7 +91,8 @@ class RRSQConfig(QuantizationConfig):
         folder = Path(model_name)
         if folder.is_dir():
             read_config(folder)
-            check_layers(folder, hf_config.get_text_config().num_hidden_layers)
+            if has_shards(folder):  # vLLM can make weights up (--load-format dummy).
+                check_layers(folder, hf_config.get_text_config().num_hidden_layers)
         self.places = Places(self.family, self.info.recipe)
         hf_config.architectures = [served_architecture(self.family.architecture)]
 
