@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,13 @@ def test_registering_again_changes_nothing() -> None:
     rrsq.vllm.register()
     assert (list(QUANTIZATION_METHODS), list(ModelRegistry.models)) == before
     assert QUANTIZATION_METHODS.count("rrsq") == 1
+
+
+@needs_vllm
+def test_a_release_that_the_plugin_does_not_fit_serves_other_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rrsq.vllm.config", None)
+    with pytest.warns(UserWarning, match=r"does not fit vLLM 0\.26.*cannot be served"):
+        rrsq.vllm.register()
 
 
 @needs_vllm

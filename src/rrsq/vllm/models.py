@@ -35,8 +35,8 @@ def served_architecture(architecture: str) -> str:
 def register_models() -> None:
     """Make vLLM know the models of all families; they are imported when one is built."""
     for family in families():
-        if family.architecture in ModelRegistry.models:
-            name = served_architecture(family.architecture)
+        name = served_architecture(family.architecture)
+        if family.architecture in ModelRegistry.models and name not in ModelRegistry.models:
             ModelRegistry.register_model(name, f"{__name__}:{name}")
 
 
