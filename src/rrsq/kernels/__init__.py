@@ -4,7 +4,10 @@ Activations are ``[tokens, channels]``; weights are packed INT4 (:mod:`.packing`
 an operation is defined and how its kernel is chosen. Importing this package does not query CUDA.
 """
 
-from .cache import decode_cache, encode_cache
+from .cache import CachePages, decode_cache, encode_cache
+from .cache_append import cache_append
+from .cache_attend import cache_attend
+from .cache_read import cache_read
 from .gptq_block import gptq_block
 from .grouped_linear import Routing, grouped_linear, route_rows
 from .linear_group_scaled import linear_group_scaled
@@ -18,7 +21,11 @@ from .quantize_tokens import quantize_tokens
 from .rotation import hadamard_transform
 
 __all__ = [
+    "CachePages",
     "Routing",
+    "cache_append",
+    "cache_attend",
+    "cache_read",
     "decode_cache",
     "encode_cache",
     "forced_backend",

@@ -1,16 +1,59 @@
-"""Storage of cached keys and values in 4 or 8 bits."""
+"""Cached keys and values in 4 or 8 bits: how they are stored, for the operations that write and read them.
+
+A cache holds codes ``[blocks, kv_heads, block_size, head_dim * bits / 8]`` with scales and minima ``[blocks,
+kv_heads, block_size, groups]``: :class:`CachePages`. Without a block table there is one block a sequence, and
+``block_size`` is its capacity; with one (int32 ``[batch, blocks of a sequence]``) token ``n`` lies in block
+``table[b, n // block_size]``, row ``n % block_size``, as in vLLM.
+
+Keys are stored after RoPE. What is stored is ``(k - RoPE_p(mu)) H``: a calibrated offset ``mu``, which was
+found before RoPE and is rotated to the key's position ``p``, is taken off, and a Hadamard matrix applied.
+"""
+
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._triton import tl, triton
 from .codes import code_max
 
-__all__ = ["decode_cache", "encode_cache"]
+__all__ = [
+    "CachePages",
+    "angles",
+    "decode_cache",
+    "dequantized_halves",
+    "encode_cache",
+    "offset_keys",
+    "page_shapes",
+]
 
 _HALF_MAX = torch.finfo(torch.float16).max
 _HALF_TINY = 2.0**-24
+
+
+class CachePages(NamedTuple):
+    """The storage of one layer's keys and values; a minimum is None where codes are symmetric."""
+
+    key_codes: Tensor
+    key_scale: Tensor
+    key_minimum: Tensor | None
+    value_codes: Tensor
+    value_scale: Tensor
+    value_minimum: Tensor | None
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block."""
+        return self.key_codes.shape[2]
+
+
+def page_shapes(head_dim: int, bits: int, group_size: int) -> tuple[int, int]:
+    """Bytes of codes and number of scales of one token and head."""
+    return head_dim * bits // 8, head_dim // group_size
 
 
 def encode_cache(
@@ -62,3 +105,136 @@ def decode_cache(codes: Tensor, scale: Tensor, minimum: Tensor | None, bits: int
     if minimum is not None:
         values = values + minimum.float().unsqueeze(-1)
     return values.flatten(-2)
+
+
+def angles(positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE, float32 ``[..., rotary / 2]``, times ``scale``.
+
+    In float64, since a float32 angle at position 100,000 is off by 1/200.
+    """
+    turned = positions.double().unsqueeze(-1) * frequencies
+    return (turned.cos() * scale).float(), (turned.sin() * scale).float()
+
+
+def offset_keys(
+    offset: Tensor, positions: Tensor, frequencies: Tensor | None, scale: float
+) -> Tensor:
+    """RoPE of the keys' offset, float32 ``[batch, kv_heads, tokens, head_dim]``.
+
+    Args:
+        offset: float32 ``[kv_heads, head_dim]``.
+        positions: int ``[batch, tokens]``.
+        frequencies: float64 ``[rotary / 2]``, of the pairs ``(j, j + rotary / 2)``; channels beyond
+            ``rotary`` stay. None: no RoPE.
+        scale: of cosines and sines (scaled RoPE).
+    """
+    batch, tokens = positions.shape
+    whole = offset[None, :, None, :]
+    if frequencies is None:
+        return whole.expand(batch, -1, tokens, -1)
+    cos, sin = (x.unsqueeze(1) for x in angles(positions, frequencies, scale))
+    half = frequencies.shape[0]
+    first, second, rest = whole.split((half, half, offset.shape[1] - 2 * half), dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*turned, rest.expand(*turned[0].shape[:-1], -1)), dim=-1)
+
+
+@triton.jit
+def _dequantized(
+    code,
+    scale_pointer,
+    minimum_pointer,
+    rows,
+    valid,
+    first,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
+    MINIMUM: tl.constexpr,
+):
+    """float16 of one half of the channels, codes int16 ``[ROWS, PADDED]``; ``first``: its first channel.
+
+    The code is put into the mantissa of 1024, which a conversion of integers would take four times as long
+    for; codes, and their product with a scale up to one rounding, are exact in float16.
+    """
+    number = (code | 0x6400).to(tl.float16, bitcast=True)
+    if MINIMUM:
+        number = number - 1024.0
+    else:
+        number = number - (1024.0 + 2 ** (BITS - 1))
+    if GROUPS == 1:
+        scale = tl.load(scale_pointer + rows, mask=valid, other=0.0)
+        number = number * scale[:, None]
+        if MINIMUM:
+            number = number + tl.load(minimum_pointer + rows, mask=valid, other=0.0)[:, None]
+    elif HALF == PADDED and HALF % GROUP == 0:
+        group = first // GROUP + tl.arange(0, PADDED // GROUP)
+        place = rows[:, None] + group[None, :]
+        number = number.reshape(ROWS, PADDED // GROUP, GROUP)
+        scale = tl.load(scale_pointer + place, mask=valid[:, None], other=0.0)
+        number = number * scale[:, :, None]
+        if MINIMUM:
+            minimum = tl.load(minimum_pointer + place, mask=valid[:, None], other=0.0)
+            number = number + minimum[:, :, None]
+        number = number.reshape(ROWS, PADDED)
+    else:
+        channel = tl.arange(0, PADDED)
+        place = rows[:, None] + ((first + channel) // GROUP)[None, :]
+        inside = valid[:, None] & (channel < HALF)[None, :]
+        number = number * tl.load(scale_pointer + place, mask=inside, other=0.0)
+        if MINIMUM:
+            number = number + tl.load(minimum_pointer + place, mask=inside, other=0.0)
+    return number
+
+
+@triton.jit
+def dequantized_halves(
+    codes_pointer,
+    scale_pointer,
+    minimum_pointer,
+    code_rows,
+    scale_rows,
+    valid,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
+    MINIMUM: tl.constexpr,
+):
+    """The lower and the upper half of the channels of ``ROWS`` cached tokens, float16 ``[ROWS, PADDED]`` each.
+
+    ``code_rows``, ``scale_rows``: where each token's codes and scales begin. What is not ``valid`` and what
+    lies beyond ``HALF`` channels is finite (zero codes, zero scale).
+    """
+    channel = tl.arange(0, PADDED)
+    inside = valid[:, None] & (channel < HALF)[None, :]
+    place = code_rows[:, None] + channel[None, :]
+    if BITS == 4:
+        pair = tl.load(codes_pointer + place, mask=inside, other=0).to(tl.int16)
+        low = pair & 0xF
+        high = (pair >> 4) & 0xF
+    else:
+        low = tl.load(codes_pointer + place, mask=inside, other=0).to(tl.int16)
+        high = tl.load(codes_pointer + place + HALF, mask=inside, other=0).to(tl.int16)
+    first = _dequantized(
+        low, scale_pointer, minimum_pointer, scale_rows, valid, 0,
+        BITS, GROUPS, GROUP, HALF, ROWS, PADDED, MINIMUM,
+    )  # fmt: skip
+    second = _dequantized(
+        high, scale_pointer, minimum_pointer, scale_rows, valid, HALF,
+        BITS, GROUPS, GROUP, HALF, ROWS, PADDED, MINIMUM,
+    )  # fmt: skip
+    return first, second
+
+
+@triton.jit
+def turn(base, frequency):
+    """Cosine and sine, float32, of ``base * frequency`` (float64), brought near zero first."""
+    turns = base * frequency * 0.15915494309189535
+    angle = ((turns - tl.floor(turns)) * 6.283185307179586).to(tl.float32)
+    return tl.cos(angle), tl.sin(angle)

@@ -1,0 +1,553 @@
+"""Attention from a quantized cache, for one or a few new tokens a sequence: decoding.
+
+Nothing is dequantized into memory. With what :mod:`.cache` stores of a key, ``c = (k - RoPE_p(mu)) H``, and a
+query ``q`` after RoPE, ``q · k = (q H) · c + q · RoPE_p(mu)``: the query is rotated once, and the offset is a
+number a key. With ``A = q_a mu_a + q_b mu_b`` and ``B = q_b mu_a - q_a mu_b`` for each pair ``(a, b)`` of
+channels that RoPE turns, ``q · RoPE_p(mu) = sum A cos(p f) + B sin(p f)``. In a tile of keys ``p = p_0 + j``:
+turning ``(A, B)`` back by ``p_0 f`` leaves a product with the constant matrix of ``cos(j f)`` and ``sin(j f)``.
+"""
+
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._triton import ceil_div, next_power_of_two, processors, tl, triton
+from .cache import decode_cache, dequantized_halves, offset_keys, turn
+from .operation import Constraints, operation
+
+__all__ = ["QUERIES", "cache_attend"]
+
+QUERIES = 16
+"""New tokens a sequence up to which decoding from codes is offered; for more, keys are read out first."""
+
+_TILE = 64
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def _fake(query: Tensor, *_: object) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def _sizes(query: Tensor, key_codes: Tensor, *_: object) -> tuple[tuple[str, int], ...]:
+    return ("tokens", query.shape[1]), ("head_dim", query.shape[3])
+
+
+@operation(
+    fake=_fake,
+    sizes=_sizes,
+    dtypes=("query",),
+    typical={"query": torch.bfloat16, "tokens": 1, "head_dim": 128},
+)
+def cache_attend(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    key_minimum: Tensor | None,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    value_minimum: Tensor | None,
+    lengths: Tensor,
+    added: int,
+    block_table: Tensor | None,
+    mask: Tensor | None,
+    dropped: Tensor | None,
+    signs: Tensor | None,
+    key_offset: Tensor | None,
+    value_offset: Tensor | None,
+    frequencies: Tensor | None,
+    rope_scale: float,
+    shift: Tensor | None,
+    scaling: float,
+    softcap: float,
+    window: int,
+) -> Tensor:
+    """``softmax(scaling q k^T) v`` over cached keys and values, causal among the new tokens.
+
+    Args:
+        query: ``[batch, tokens, heads, head_dim]`` after RoPE; ``heads`` a multiple of ``kv_heads``.
+        key_codes, key_scale, key_minimum, value_codes, value_scale, value_minimum: see
+            :class:`~rrsq.kernels.cache.CachePages`. The new tokens' are in it.
+        lengths: int32 ``[batch]`` or ``[1]``: with ``added``, cached tokens of each sequence, the new ones
+            included.
+        added: see ``lengths``.
+        block_table: see :mod:`rrsq.kernels.cache`.
+        mask: bool ``[batch or 1, 1, tokens or 1, columns]``, false: not seen. Column ``n + dropped`` is that
+            of cached token ``n``; beyond the last column all is seen.
+        dropped: int32 ``[1]``, or None for 0.
+        signs: int8 ``[head_dim, head_dim]`` of ±1, the Hadamard matrix of the keys, or None.
+        key_offset, value_offset: float32 ``[kv_heads, head_dim]``, or None.
+        frequencies, rope_scale: see :func:`~rrsq.kernels.cache.offset_keys`.
+        shift: int32 ``[batch]``: cached token ``n`` is at position ``n + shift``; None for 0.
+        scaling: factor of the logits.
+        softcap: ``c`` of ``c tanh(logit / c)`` (arXiv 2408.00118), or 0.
+        window: keys a query sees, itself included; 0: all.
+
+    Returns:
+        ``[batch, tokens, heads, head_dim]`` in the dtype of ``query``; 0 for a token that sees nothing.
+    """
+    batch, tokens, heads, head_dim = query.shape
+    total = lengths.long().expand(batch) + added
+    longest = int(total.max()) if batch else 0
+    pages = []
+    for codes, scale, minimum in (
+        (key_codes, key_scale, key_minimum),
+        (value_codes, value_scale, value_minimum),
+    ):
+        parts = [None if x is None else _gathered(x, block_table, longest) for x in (codes, scale, minimum)]
+        assert parts[0] is not None and parts[1] is not None
+        pages.append(decode_cache(parts[0], parts[1], parts[2], codes.shape[-1] * 8 // head_dim))
+    keys, values = pages
+    if signs is not None:
+        keys = keys @ (signs.float().t() * head_dim**-0.5)
+    slots = torch.arange(longest, device=query.device)
+    if key_offset is not None:
+        positions = slots.unsqueeze(0) + (0 if shift is None else shift.unsqueeze(1))
+        keys = keys + offset_keys(key_offset, positions.expand(batch, -1), frequencies, rope_scale)
+    if value_offset is not None:
+        values = values + value_offset[None, :, None, :]
+    shared = heads // keys.shape[1]
+    keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
+    logits = query.transpose(1, 2).float() @ keys.transpose(2, 3) * scaling
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    last = (total[:, None] - tokens + torch.arange(tokens, device=query.device))[:, None, :, None]
+    seen = slots <= last
+    if window:
+        seen = seen & (slots > last - window)
+    if mask is not None:
+        column = slots + (0 if dropped is None else dropped.long())
+        chosen = mask[..., column.clamp(max=mask.shape[-1] - 1)]
+        seen = seen & (chosen | (column >= mask.shape[-1]))
+    weights = torch.softmax(logits.masked_fill(~seen, -torch.inf), -1).masked_fill(~seen.any(-1, True), 0)
+    return (weights @ values).transpose(1, 2).to(query.dtype)
+
+
+def _gathered(x: Tensor, block_table: Tensor | None, longest: int) -> Tensor:
+    """``[batch, kv_heads, longest, ...]`` of pages."""
+    if block_table is not None:
+        x = x[block_table.long().clamp(min=0)].transpose(1, 2).flatten(2, 3)
+    return x[:, :, :longest]
+
+
+@triton.jit
+def _attend_kernel(
+    query,
+    key_codes,
+    key_scale,
+    key_minimum,
+    value_codes,
+    value_scale,
+    value_minimum,
+    lengths,
+    table,
+    mask,
+    dropped,
+    signs,
+    key_offset,
+    value_offset,
+    frequencies,
+    shift,
+    output,
+    statistics,
+    length_stride,
+    added,
+    table_stride,
+    mask_stride_batch,
+    mask_stride_token,
+    mask_columns,
+    query_stride_batch,
+    query_stride_token,
+    query_stride_head,
+    key_stride_block,
+    key_stride_head,
+    key_stride_token,
+    key_scale_stride_block,
+    key_scale_stride_head,
+    key_scale_stride_token,
+    value_stride_block,
+    value_stride_head,
+    value_stride_token,
+    value_scale_stride_block,
+    value_scale_stride_head,
+    value_scale_stride_token,
+    rope_scale,
+    scaling,
+    softcap,
+    window,
+    splits,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    KEY_GROUPS: tl.constexpr,
+    KEY_MINIMUM: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr,
+    VALUE_MINIMUM: tl.constexpr,
+    ROTATED: tl.constexpr,
+    OFFSET: tl.constexpr,
+    VALUE_OFFSET: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PADDED_PAIRS: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    PAGED: tl.constexpr,
+    MASKED: tl.constexpr,
+    DROPPED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One key-value head of one sequence, one part of its keys, all queries that read it.
+
+    Row ``r`` of the products is token ``r // SHARED``, head ``r % SHARED`` of those that share the key.
+    ``WHOLE``: the part is all, and the result is written; else unscaled sums with their maximum and weight.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    row = tl.arange(0, ROWS)
+    token = row // SHARED
+    head = kv_head * SHARED + row % SHARED
+    present = row < TOKENS * SHARED
+    channel = tl.arange(0, PADDED)
+    inside = channel < HALF
+    used = present[:, None] & inside[None, :]
+    q_rows = query + batch * query_stride_batch + token * query_stride_token + head * query_stride_head
+    q_low = tl.load(q_rows[:, None] + channel[None, :], mask=used, other=0.0)
+    q_high = tl.load(q_rows[:, None] + (channel + HALF)[None, :], mask=used, other=0.0)
+
+    constant = tl.zeros([ROWS], tl.float32)
+    if OFFSET:
+        mean = key_offset + kv_head * HEAD_DIM
+        if 2 * PAIRS < HEAD_DIM:
+            low_rest = tl.load(mean + channel, mask=inside & (channel >= 2 * PAIRS), other=0.0)
+            high_rest = tl.load(mean + channel + HALF, mask=inside & (channel + HALF >= 2 * PAIRS), other=0.0)
+            constant += tl.sum(q_low.to(tl.float32) * low_rest[None, :], 1)
+            constant += tl.sum(q_high.to(tl.float32) * high_rest[None, :], 1)
+        if PAIRS > 0:
+            pair = tl.arange(0, PADDED_PAIRS)
+            paired = pair < PAIRS
+            here = present[:, None] & paired[None, :]
+            q_first = tl.load(q_rows[:, None] + pair[None, :], mask=here, other=0.0).to(tl.float32)
+            q_second = tl.load(q_rows[:, None] + (pair + PAIRS)[None, :], mask=here, other=0.0).to(tl.float32)
+            first = tl.load(mean + pair, mask=paired, other=0.0) * rope_scale
+            second = tl.load(mean + pair + PAIRS, mask=paired, other=0.0) * rope_scale
+            along = q_first * first[None, :] + q_second * second[None, :]
+            across = q_second * first[None, :] - q_first * second[None, :]
+            frequency = tl.load(frequencies + pair, mask=paired, other=0.0)
+            step = frequency.to(tl.float32)[:, None] * tl.arange(0, TILE).to(tl.float32)[None, :]
+            step_cos = tl.cos(step)
+            step_sin = tl.sin(step)
+
+    if ROTATED:
+        # Rows of the matrix by halves of the query's channels, columns by halves of the result's.
+        corner = signs + channel[:, None] * HEAD_DIM + channel[None, :]
+        square = inside[:, None] & inside[None, :]
+        low_low = tl.load(corner, mask=square, other=0).to(tl.float32)
+        low_high = tl.load(corner + HALF, mask=square, other=0).to(tl.float32)
+        high_low = tl.load(corner + HALF * HEAD_DIM, mask=square, other=0).to(tl.float32)
+        high_high = tl.load(corner + HALF * HEAD_DIM + HALF, mask=square, other=0).to(tl.float32)
+        x_low = q_low.to(tl.float32)
+        x_high = q_high.to(tl.float32)
+        turned_low = tl.dot(x_low, low_low, input_precision="tf32x3")
+        turned_low = tl.dot(x_high, high_low, turned_low, input_precision="tf32x3")
+        turned_high = tl.dot(x_low, low_high, input_precision="tf32x3")
+        turned_high = tl.dot(x_high, high_high, turned_high, input_precision="tf32x3")
+        norm: tl.constexpr = HEAD_DIM**-0.5
+        turned_low = turned_low * norm
+        turned_high = turned_high * norm
+    else:
+        turned_low = q_low.to(tl.float32)
+        turned_high = q_high.to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(turned_low), 1), tl.max(tl.abs(turned_high), 1))
+    largest = tl.where(largest > 0, largest, 1.0)
+    low16 = (turned_low / largest[:, None]).to(tl.float16)
+    high16 = (turned_high / largest[:, None]).to(tl.float16)
+
+    total = tl.load(lengths + batch * length_stride) + added
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(total - TOKENS + 1 - window, 0) // TILE * TILE
+    share = tl.cdiv(tl.cdiv(total - begin, TILE), splits) * TILE
+    begin = begin + split * share
+    end = tl.minimum(begin + share, total)
+    last = total - TOKENS + token
+    position = begin
+    if SHIFTED:
+        position += tl.load(shift + batch)
+    column = begin
+    if DROPPED:
+        column += tl.load(dropped)
+
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    sum_low = tl.zeros([ROWS, PADDED], tl.float32)
+    sum_high = tl.zeros([ROWS, PADDED], tl.float32)
+    for start in tl.range(begin, end, TILE):
+        key = start + tl.arange(0, TILE)
+        valid = key < end
+        if PAGED:
+            block = tl.load(table + batch * table_stride + key // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+            place = key % BLOCK_SIZE
+        else:
+            block = batch
+            place = key
+        key_rows = block * key_stride_block + kv_head * key_stride_head + place * key_stride_token
+        scale_rows = (
+            block * key_scale_stride_block + kv_head * key_scale_stride_head + place * key_scale_stride_token
+        )
+        k_low, k_high = dequantized_halves(
+            key_codes, key_scale, key_minimum, key_rows, scale_rows, valid,
+            KEY_BITS, KEY_GROUPS, HEAD_DIM // KEY_GROUPS, HALF, TILE, PADDED, KEY_MINIMUM,
+        )  # fmt: skip
+        logits = tl.dot(low16, k_low.trans())
+        logits = tl.dot(high16, k_high.trans(), logits) * largest[:, None]
+        if OFFSET:
+            if PAIRS > 0:
+                cos, sin = turn((position + start - begin).to(tl.float64), frequency)
+                near = along * cos[None, :] + across * sin[None, :]
+                far = across * cos[None, :] - along * sin[None, :]
+                logits = tl.dot(near, step_cos, logits, input_precision="tf32x3")
+                logits = tl.dot(far, step_sin, logits, input_precision="tf32x3")
+            logits += constant[:, None]
+        logits = logits * scaling
+        if SOFTCAP:
+            # tanh by its exponential, whose argument is kept where it does not overflow.
+            power = tl.exp2(tl.minimum(tl.abs(logits) / softcap, 30.0) * (2 * _LOG2E))
+            size = softcap * (1.0 - 2.0 / (power + 1.0))
+            logits = tl.where(logits < 0, -size, size)
+        seen = valid[None, :] & (key[None, :] <= last[:, None])
+        if WINDOW:
+            seen = seen & (key[None, :] > last[:, None] - window)
+        if MASKED:
+            place_in_mask = column + key - begin
+            shown = valid & (place_in_mask < mask_columns)
+            flags = tl.load(
+                mask + batch * mask_stride_batch + (token * mask_stride_token)[:, None] + place_in_mask[None, :],
+                mask=shown[None, :] & present[:, None],
+                other=1,
+            )
+            seen = seen & (flags != 0)
+        logits = tl.where(seen, logits * _LOG2E, float("-inf"))
+        top = tl.maximum(best, tl.max(logits, 1))
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        kept = tl.exp2(best - safe)
+        part = tl.exp2(logits - safe[:, None])
+        weight = weight * kept + tl.sum(part, 1)
+        best = top
+        value_rows = block * value_stride_block + kv_head * value_stride_head + place * value_stride_token
+        value_scale_rows = (
+            block * value_scale_stride_block
+            + kv_head * value_scale_stride_head
+            + place * value_scale_stride_token
+        )
+        v_low, v_high = dequantized_halves(
+            value_codes, value_scale, value_minimum, value_rows, value_scale_rows, valid,
+            VALUE_BITS, VALUE_GROUPS, HEAD_DIM // VALUE_GROUPS, HALF, TILE, PADDED, VALUE_MINIMUM,
+        )  # fmt: skip
+        sum_low = tl.dot(part.to(tl.float16), v_low, sum_low * kept[:, None])
+        sum_high = tl.dot(part.to(tl.float16), v_high, sum_high * kept[:, None])
+
+    if WHOLE:
+        share_of = tl.where(weight > 0, 1.0 / weight, tl.where(weight == 0, 0.0, weight))
+        sum_low = sum_low * share_of[:, None]
+        sum_high = sum_high * share_of[:, None]
+        if VALUE_OFFSET:
+            mean = value_offset + kv_head * HEAD_DIM
+            some = tl.where(weight == 0, 0.0, 1.0)
+            low_mean = tl.load(mean + channel, mask=inside, other=0.0)
+            high_mean = tl.load(mean + channel + HALF, mask=inside, other=0.0)
+            sum_low += low_mean[None, :] * some[:, None]
+            sum_high += high_mean[None, :] * some[:, None]
+        out = output + ((batch * TOKENS + token) * HEADS + head) * HEAD_DIM
+        tl.store(out[:, None] + channel[None, :], sum_low.to(output.dtype.element_ty), mask=used)
+        tl.store(out[:, None] + (channel + HALF)[None, :], sum_high.to(output.dtype.element_ty), mask=used)
+    else:
+        place = ((batch * TOKENS + token) * HEADS + head) * splits + split
+        tl.store(statistics + place * 2, best, mask=present)
+        tl.store(statistics + place * 2 + 1, weight, mask=present)
+        out = output + place * HEAD_DIM
+        tl.store(out[:, None] + channel[None, :], sum_low, mask=used)
+        tl.store(out[:, None] + (channel + HALF)[None, :], sum_high, mask=used)
+
+
+@triton.jit
+def _combine_kernel(
+    parts,
+    statistics,
+    value_offset,
+    output,
+    splits,
+    HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    VALUE_OFFSET: tl.constexpr,
+):
+    """One head of one token from its parts."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    real = split < splits
+    channel = tl.arange(0, PADDED)
+    inside = channel < HEAD_DIM
+    best = tl.load(statistics + (row * splits + split) * 2, mask=real, other=float("-inf"))
+    weight = tl.load(statistics + (row * splits + split) * 2 + 1, mask=real, other=0.0)
+    top = tl.max(best, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    factor = tl.exp2(best - top)
+    # A part that saw nothing has -inf for its maximum, and NaN's maximum is passed over: its weight is NaN.
+    factor = tl.where(weight == 0, 0.0, factor)
+    total = tl.sum(weight * factor, 0)
+    x = tl.load(
+        parts + (row * splits + split)[:, None] * HEAD_DIM + channel[None, :],
+        mask=real[:, None] & inside[None, :],
+        other=0.0,
+    )
+    result = tl.sum(x * factor[:, None], 0)
+    result = tl.where(total == 0, 0.0, result / tl.where(total == 0, 1.0, total))
+    if VALUE_OFFSET:
+        kv_head = row % HEADS // SHARED
+        mean = tl.load(value_offset + kv_head * HEAD_DIM + channel, mask=inside, other=0.0)
+        result += tl.where(total == 0, 0.0, mean)
+    tl.store(output + row * HEAD_DIM + channel, result.to(output.dtype.element_ty), mask=inside)
+
+
+@cache_attend.kernel(
+    "triton",
+    Constraints.on_gpu(
+        dtypes={"query": frozenset({torch.float16, torch.bfloat16, torch.float32})},
+        at_most={"tokens": QUERIES, "head_dim": 256},
+        divisible={"head_dim": 2},
+    ),
+)
+def _launch(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    key_minimum: Tensor | None,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    value_minimum: Tensor | None,
+    lengths: Tensor,
+    added: int,
+    block_table: Tensor | None,
+    mask: Tensor | None,
+    dropped: Tensor | None,
+    signs: Tensor | None,
+    key_offset: Tensor | None,
+    value_offset: Tensor | None,
+    frequencies: Tensor | None,
+    rope_scale: float,
+    shift: Tensor | None,
+    scaling: float,
+    softcap: float,
+    window: int,
+) -> Tensor:
+    batch, tokens, heads, head_dim = query.shape
+    if query.stride(3) != 1:
+        query = query.contiguous()
+    output = torch.empty((batch, tokens, heads, head_dim), dtype=query.dtype, device=query.device)
+    if output.numel() == 0:
+        return output
+    kv_heads, block_size = key_codes.shape[1], key_codes.shape[2]
+    longest = block_size if block_table is None else block_size * block_table.shape[1]
+    visible = min(longest, window + tokens + _TILE) if window else longest
+    programs = batch * kv_heads
+    splits = min(ceil_div(4 * processors(query.device), programs), ceil_div(visible, 2 * _TILE), 64)
+    padded = max(next_power_of_two(head_dim // 2), 16)
+    pairs = 0 if frequencies is None or key_offset is None else frequencies.shape[0]
+    whole = splits == 1
+    sums, statistics = output, output
+    if not whole:
+        rows = batch * tokens * heads * splits
+        sums = torch.empty((rows, head_dim), dtype=torch.float32, device=query.device)
+        statistics = torch.empty((rows, 2), dtype=torch.float32, device=query.device)
+    _attend_kernel[(splits, kv_heads, batch)](
+        query,
+        key_codes,
+        key_scale,
+        key_minimum,
+        value_codes,
+        value_scale,
+        value_minimum,
+        lengths,
+        block_table,
+        mask,
+        dropped,
+        signs,
+        key_offset,
+        value_offset,
+        frequencies,
+        shift,
+        sums,
+        statistics,
+        0 if lengths.shape[0] == 1 else 1,
+        added,
+        0 if block_table is None else block_table.stride(0),
+        0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
+        0 if mask is None or mask.shape[2] == 1 else mask.stride(2),
+        0 if mask is None else mask.shape[3],
+        *query.stride()[:3],
+        *key_codes.stride()[:3],
+        *key_scale.stride()[:3],
+        *value_codes.stride()[:3],
+        *value_scale.stride()[:3],
+        rope_scale,
+        scaling,
+        softcap,
+        window,
+        splits,
+        BLOCK_SIZE=block_size if block_table is not None else 1,
+        TOKENS=tokens,
+        HEADS=heads,
+        SHARED=heads // kv_heads,
+        HEAD_DIM=head_dim,
+        PADDED=padded,
+        ROWS=max(next_power_of_two(tokens * (heads // kv_heads)), 16),
+        KEY_BITS=key_codes.shape[-1] * 8 // head_dim,
+        KEY_GROUPS=key_scale.shape[-1],
+        KEY_MINIMUM=key_minimum is not None,
+        VALUE_BITS=value_codes.shape[-1] * 8 // head_dim,
+        VALUE_GROUPS=value_scale.shape[-1],
+        VALUE_MINIMUM=value_minimum is not None,
+        ROTATED=signs is not None,
+        OFFSET=key_offset is not None,
+        VALUE_OFFSET=value_offset is not None,
+        PAIRS=pairs,
+        PADDED_PAIRS=max(next_power_of_two(max(pairs, 1)), 16),
+        SHIFTED=shift is not None,
+        PAGED=block_table is not None,
+        MASKED=mask is not None,
+        DROPPED=dropped is not None,
+        WINDOW=window > 0,
+        SOFTCAP=softcap > 0,
+        WHOLE=whole,
+        TILE=_TILE,
+        num_warps=4,
+    )
+    if not whole:
+        _combine_kernel[(batch * tokens * heads,)](
+            sums,
+            statistics,
+            value_offset,
+            output,
+            splits,
+            HEADS=heads,
+            SHARED=heads // kv_heads,
+            HEAD_DIM=head_dim,
+            PADDED=next_power_of_two(head_dim),
+            SPLITS=next_power_of_two(splits),
+            VALUE_OFFSET=value_offset is not None,
+            num_warps=2,
+        )
+    return output
