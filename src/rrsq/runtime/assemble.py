@@ -159,9 +159,9 @@ def key_rotary(model: nn.Module, family: ModelFamily, index: int) -> KeyRotary |
     if family.rotary_by_layer_type:
         options["layer_type"] = text.layer_types[index]
         rope = rope[options["layer_type"]]
-    long = rope.get("rope_type") == "longrope"
-    switch = rope["original_max_position_embeddings"] if long else None
-    return KeyRotary(model.get_submodule(family.rotary), switch, **options)
+    kind = rope.get("rope_type")
+    switch = rope["original_max_position_embeddings"] if kind == "longrope" else None
+    return KeyRotary(model.get_submodule(family.rotary), switch, fixed=kind != "dynamic", **options)
 
 
 def attach_kv_quantizer(

@@ -23,6 +23,7 @@ from ..assemble import (
     settle,
     treated_inputs,
 )
+from ..decoding import attach_decoder
 from ..modules.norms import replace_final_norm, replace_layer_norms
 from ..scheme import treatment
 from .format import QUANT_METHOD, CheckpointInfo, parse_info
@@ -77,6 +78,7 @@ class RRSQQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         check_values(model)
         settle(model)
+        attach_decoder(model)
 
     def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> list[Any]:
         """None: a checkpoint holds tensors under the names that the model has, not those of the original."""

@@ -173,13 +173,19 @@ class QuantizedSlidingLayer(QuantizedCacheLayer):
 
 
 class NoCache:
-    """Stands where a cache would, for a forward pass that keeps none: quantizes and returns at once."""
+    """Stands where a cache would, for a forward pass that keeps none: quantizes and returns at once.
 
-    def __init__(self, quantizer: KVQuantizer, positions: Tensor | None) -> None:
+    ``codes``: with the kernels of a :class:`~.static.CodesLayer`, to the same values as it.
+    """
+
+    def __init__(self, quantizer: KVQuantizer, positions: Tensor | None, codes: bool = False) -> None:
         self.quantizer = quantizer
         self.positions = positions
+        self.codes = codes
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.codes:
+            return self.quantizer.round_trip(keys, values, self.positions)
         positions = token_positions(self.positions, keys, 0)
         return self.quantizer.decode(self.quantizer.encode(keys, values, positions), keys.dtype)
 

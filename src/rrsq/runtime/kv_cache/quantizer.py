@@ -13,16 +13,26 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
-from ...kernels.cache import decode_cache, encode_cache
+from ... import kernels
+from ...kernels import CachePages, forced_backend
+from ...kernels.cache import decode_cache, encode_cache, page_shapes
 from ..rotation.hadamard import orthonormal, plan_hadamard
+from .attention import ATTENTION
 from .layers import NoCache, QuantizedCacheLayer, QuantizedSlidingLayer
 from .rope import KeyRotary
+from .static import CodesLayer
 
 __all__ = ["CacheScheme", "KVQuantizer"]
 
@@ -59,6 +69,7 @@ class CacheTensorQuantizer(nn.Module):
         self.scheme = scheme
         self.group_size = math.gcd(scheme.group_size, head_dim)
         self.head_dim = head_dim
+        self.kv_heads = kv_heads
         self.register_buffer("offset", torch.zeros(kv_heads, head_dim) if scheme.offset else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -68,6 +79,20 @@ class CacheTensorQuantizer(nn.Module):
         if offset is not None and self.offset is not None and self.offset.dtype != torch.float32:
             self.offset = offset.to(self.offset.device)
         return module
+
+    def page(self, batch: int, capacity: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Zero codes, scales and minima (or None), ``[batch, kv_heads, capacity, ...]``."""
+        codes, groups = page_shapes(self.head_dim, self.scheme.bits, self.group_size)
+        rows = (batch, self.kv_heads, capacity)
+        scale = torch.zeros(*rows, groups, dtype=torch.float16, device=device)
+        minimum = torch.zeros_like(scale) if self.scheme.zero_point else None
+        return torch.zeros(*rows, codes, dtype=torch.uint8, device=device), scale, minimum
+
+    def signs(self, device: torch.device) -> Tensor | None:
+        """int8 ``[head_dim, head_dim]`` of ±1: the Hadamard matrix before it is made orthonormal, or None."""
+        if not self.scheme.rotate:
+            return None
+        return (_head_rotation(self.head_dim, device) * self.head_dim**0.5).round().to(torch.int8)
 
     def set_bits(self, bits: int) -> None:
         """Store ``bits`` a code from now on."""
@@ -88,8 +113,22 @@ class CacheTensorQuantizer(nn.Module):
         return x @ _head_rotation(self.head_dim, x.device).t() if self.scheme.rotate else x
 
 
+class _Constants(NamedTuple):
+    """What the kernels need beside the tokens; see :func:`rrsq.kernels.cache_append`."""
+
+    key_signs: Tensor | None
+    value_signs: Tensor | None
+    key_offset: Tensor | None
+    value_offset: Tensor | None
+    frequencies: Tensor | None
+    rope_scale: float
+
+
 class KVQuantizer(nn.Module):
     """Quantizes the keys and values of one attention.
+
+    Where there are kernels for it, the cache is a :class:`~.static.CodesLayer`, which attention reads as
+    codes; elsewhere it is a :class:`~.layers.QuantizedCacheLayer`, which gives keys and values back.
 
     Args:
         keys, values: schemes; None keeps that tensor in 16 bits.
@@ -110,10 +149,131 @@ class KVQuantizer(nn.Module):
         self.keys = CacheTensorQuantizer(keys, kv_heads, head_dim)
         self.values = CacheTensorQuantizer(values, kv_heads, head_dim)
         self.rotary = rotary
+        self._constants: dict[torch.device, _Constants] = {}
+        self._config: Any = None
+
+    def pages(self, batch: int, capacity: int, device: torch.device) -> CachePages:
+        """Empty storage for ``capacity`` tokens of each sequence, one block a sequence."""
+        return CachePages(
+            *self.keys.page(batch, capacity, device), *self.values.page(batch, capacity, device)
+        )
+
+    def append(
+        self, pages: CachePages, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor | None
+    ) -> None:
+        """Store new tokens; see :func:`rrsq.kernels.cache_append`."""
+        kernels.cache_append(keys, values, *pages, slots, positions, *self.constants(keys.device))
+
+    def attend(
+        self,
+        pages: CachePages,
+        query: Tensor,
+        lengths: Tensor,
+        added: int,
+        mask: Tensor | None,
+        shift: Tensor | None,
+        scaling: float,
+        softcap: float,
+        window: int,
+        block_table: Tensor | None = None,
+    ) -> Tensor:
+        """Attention from codes; see :func:`rrsq.kernels.cache_attend`."""
+        constants = self.constants(query.device)
+        out = kernels.cache_attend(
+            query,
+            *pages,
+            lengths,
+            added,
+            block_table,
+            mask,
+            None,
+            constants.key_signs,
+            constants.key_offset,
+            None if constants.value_signs is not None else constants.value_offset,
+            constants.frequencies,
+            constants.rope_scale,
+            shift,
+            scaling,
+            softcap,
+            window,
+        )
+        if constants.value_signs is None:
+            return out
+        out = out.float() @ _head_rotation(out.shape[-1], out.device).t()
+        if constants.value_offset is not None:
+            shared = query.shape[2] // constants.value_offset.shape[0]
+            out = out + constants.value_offset.repeat_interleave(shared, 0)
+        return out.to(query.dtype)
+
+    def read(
+        self,
+        pages: CachePages,
+        like: Tensor,
+        begin: int,
+        end: int,
+        shift: Tensor | None,
+        block_table: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of tokens; see :func:`rrsq.kernels.cache_read`."""
+        return kernels.cache_read(like, *pages, begin, end, block_table, shift, *self.constants(like.device))
+
+    def round_trip(
+        self, keys: Tensor, values: Tensor, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What a cache that is empty before would give back of all its tokens."""
+        batch, _, tokens, _ = keys.shape
+        pages = self.pages(batch, tokens, keys.device)
+        shift = None
+        if position_ids is not None:
+            shift = (position_ids[:, -1].expand(batch) - (tokens - 1)).to(torch.int32)
+        slots = torch.zeros(1, dtype=torch.int32, device=keys.device)
+        self.append(pages, keys, values, slots, shift)
+        return self.read(pages, keys, 0, tokens, shift)
+
+    def constants(self, device: torch.device) -> _Constants:
+        """What the kernels need on a device, made at the first call."""
+        made = self._constants.get(device)
+        if made is None:
+            with torch.inference_mode(False), torch.no_grad():
+                made = self._constants[device] = self._make_constants(device)
+        return made
+
+    def _make_constants(self, device: torch.device) -> _Constants:
+        offset = self.keys.offset
+        frequencies, scale = None, 1.0
+        if offset is not None and self.rotary is not None:
+            frequencies, scale = self.rotary.frequencies(device)
+        return _Constants(
+            self.keys.signs(device),
+            self.values.signs(device),
+            None if offset is None else offset.to(device),
+            None if self.values.offset is None else self.values.offset.to(device),
+            frequencies,
+            scale,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._constants = {}
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_constants": {}}
+
+    def reads_codes(self, device: torch.device) -> bool:
+        """Whether the attention is :mod:`.attention`'s and reads codes on this device."""
+        if getattr(self._config, "_attn_implementation", None) != ATTENTION:
+            return False
+        if self.rotary is not None and self.keys.offset is not None and not self.rotary.fixed:
+            return False
+        if self.keys.head_dim % 2 or self.keys.head_dim > 256:
+            return False
+        backend = forced_backend()
+        return backend == "triton" or (backend is None and device.type == "cuda")
 
     def attach(self, attention: nn.Module) -> None:
         """Become a submodule of ``attention`` and hook its forward pass."""
         attention.kv_quantizer = self
+        self._config = getattr(attention, "config", None)
         attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> dict[str, Tensor]:
@@ -158,14 +318,18 @@ class KVQuantizer(nn.Module):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         positions = kwargs.get("position_ids")
         cache = kwargs.get("past_key_values")
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        codes = hidden is not None and self.reads_codes(hidden.device)
         if cache is None:
-            return args, {**kwargs, "past_key_values": NoCache(self, positions)}
-        layer = self._cache_layer(cache, int(attention.layer_idx))  # type: ignore[arg-type]
+            return args, {**kwargs, "past_key_values": NoCache(self, positions, codes)}
+        layer = self._cache_layer(cache, int(attention.layer_idx), codes)  # type: ignore[arg-type]
         if layer is not None:
             layer.next_positions = positions
         return args, kwargs
 
-    def _cache_layer(self, cache: Any, index: int) -> QuantizedCacheLayer | None:
+    def _cache_layer(
+        self, cache: Any, index: int, codes: bool
+    ) -> QuantizedCacheLayer | CodesLayer | None:
         """The quantized layer of a cache, put there if the cache is still empty at ``index``."""
         if isinstance(cache, NoCache):
             return None
@@ -175,15 +339,27 @@ class KVQuantizer(nn.Module):
         while len(layers) <= index and cache.layer_class_to_replicate is not None:
             layers.append(cache.layer_class_to_replicate())
         layer = layers[index]
-        if isinstance(layer, QuantizedCacheLayer):
+        if isinstance(layer, QuantizedCacheLayer | CodesLayer):
             return layer
-        if layer.is_initialized or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        new = self.quantized(layer, codes)
+        if new is None:
             return self._refuse(type(layer).__name__)
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layers[index] = QuantizedSlidingLayer(self, layer.sliding_window, record_past=layer.record_past)
-        else:
-            layers[index] = QuantizedCacheLayer(self)
-        return layers[index]
+        layers[index] = new
+        return new
+
+    def quantized(self, layer: Any, codes: bool) -> QuantizedCacheLayer | CodesLayer | None:
+        """What takes the place of an empty layer of transformers; None where nothing can.
+
+        ``codes``: see :meth:`reads_codes`.
+        """
+        if layer.is_initialized:
+            return None
+        sliding = type(layer) in (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
+        if codes and (sliding or type(layer) in (DynamicLayer, StaticLayer)):
+            return CodesLayer(self, _window(layer) if sliding else None)
+        if type(layer) is DynamicSlidingWindowLayer:
+            return QuantizedSlidingLayer(self, layer.sliding_window, record_past=layer.record_past)
+        return QuantizedCacheLayer(self) if type(layer) is DynamicLayer else None
 
     @staticmethod
     def _refuse(kind: str) -> None:
@@ -192,6 +368,11 @@ class KVQuantizer(nn.Module):
             " to generate(), or pass an empty DynamicCache.",
             stacklevel=2,
         )
+
+
+def _window(layer: Any) -> int:
+    """The window of a sliding layer; a static one holds no more than it."""
+    return int(getattr(layer, "sliding_window", None) or layer.max_cache_len)
 
 
 def _part(stored: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -21,13 +21,30 @@ class KeyRotary:
             ``[batch, tokens, channels]``, both times the attention scaling of scaled RoPE.
         switch: the number of tokens beyond which all tokens of a call get other angles (``longrope``,
             arXiv 2402.13753), or None.
+        fixed: the angle of a position is always the same.
         options: further keyword arguments that the module takes, such as the layer's type.
     """
 
-    def __init__(self, module: nn.Module, switch: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, module: nn.Module, switch: int | None = None, fixed: bool = True, **options: Any
+    ) -> None:
         self.module = module
         self.switch = switch
+        self.fixed = fixed and switch is None
         self.options = options
+
+    def frequencies(self, device: torch.device) -> tuple[Tensor, float]:
+        """Radians a position of each pair of channels, float64 ``[channels / 2]``, and the attention scaling.
+
+        Read off the angles of position 1, so that it does not matter where a module keeps them.
+        """
+        inside = next(self.module.buffers(), None)
+        where = device if inside is None else inside.device
+        positions = torch.arange(2, device=where).unsqueeze(0)
+        x = torch.zeros(1, 2, 1, device=where)
+        cos, sin = (angle[0].double() for angle in self.module(x, position_ids=positions, **self.options))
+        turned = torch.atan2(sin[1], cos[1])[: cos.shape[-1] // 2]
+        return turned.to(device), float(cos[0, 0])
 
     def mark(self, positions: Tensor) -> Tensor:
         """The positions of one call, ``p``, as ``-1 - p`` where the call gets the angles of long texts."""

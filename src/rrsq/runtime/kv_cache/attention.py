@@ -1,0 +1,58 @@
+"""The attention function of models with a quantized KV cache: transformers calls it by its name.
+
+Of keys that are tensors it is transformers' ``sdpa``. Of :class:`~.static.CachedTokens` it decodes from the
+codes; where there are many new tokens, it reads keys and values out once, in 16 bits, for ``sdpa``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from .static import CachedTokens
+
+__all__ = ["ATTENTION", "use_attention"]
+
+ATTENTION = "rrsq"
+
+
+def use_attention(config: Any) -> None:
+    """Let a model whose attention would be transformers' ``sdpa`` use that of rrsq."""
+    if config._attn_implementation == "sdpa":
+        _register()
+        config._attn_implementation = ATTENTION
+
+
+@functools.cache
+def _register() -> None:
+    # Not at the top: transformers imports this module while it imports its models.
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | CachedTokens,
+    value: Tensor | CachedTokens,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """``query`` ``[batch, heads, tokens, head_dim]`` to ``[batch, tokens, heads, head_dim]``."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if isinstance(key, CachedTokens):
+        window = key.layer.sliding_window or 0
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = key.attend(query, attention_mask, scale, kwargs.get("softcap") or 0.0, window)
+        if out is not None:
+            return out, None
+        key, value = key.read()
+    assert isinstance(value, Tensor)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
