@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ._triton import ceil_div, next_power_of_two, tl, triton
-from .cache import encode_cache, offset_keys, turn
-from .codes import code_max
+from .cache import encode_cache, offset_keys, rotated_halves, turned
 from .operation import Constraints, operation
 
-__all__ = ["cache_append"]
+__all__ = ["cache_append", "rope_of_offset"]
 
 _TILE = 16
+_WARPS = 4
 _ROUNDER = tl.constexpr(12582912.0)
 _HALF_MAX = tl.constexpr(65504.0)
 _HALF_TINY = tl.constexpr(2.0**-24)
@@ -102,7 +102,7 @@ def cache_append(
 
 
 @triton.jit
-def _rope_of_offset(
+def rope_of_offset(
     mean,
     base,
     frequencies,
@@ -117,36 +117,19 @@ def _rope_of_offset(
     channel = FIRST + tl.arange(0, PADDED)
     inside = tl.arange(0, PADDED) < HALF
     own = tl.load(mean + channel, mask=inside, other=0.0)
-    if PAIRS == 0:
-        return own[None, :] + tl.zeros([base.shape[0], 1], tl.float32)
-    second = (channel >= PAIRS) & (channel < 2 * PAIRS)
-    paired = inside & (channel < 2 * PAIRS)
-    pair = tl.where(second, channel - PAIRS, channel)
-    other = tl.load(mean + tl.where(second, channel - PAIRS, channel + PAIRS), mask=paired, other=0.0)
-    other = tl.where(second, other, -other)
-    frequency = tl.load(frequencies + pair, mask=paired, other=0.0)
-    cos, sin = turn(base[:, None], frequency[None, :])
-    turned = (own[None, :] * cos + other[None, :] * sin) * rope_scale
-    return tl.where(paired[None, :], turned, own[None, :])
-
-
-@triton.jit
-def _rotated(low, high, signs, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
-    """``x H`` of the two halves of the channels."""
-    channel = tl.arange(0, PADDED)
-    inside = channel < HALF
-    square = inside[:, None] & inside[None, :]
-    corner = signs + channel[:, None] * HEAD_DIM + channel[None, :]
-    low_low = tl.load(corner, mask=square, other=0).to(tl.float32)
-    low_high = tl.load(corner + HALF, mask=square, other=0).to(tl.float32)
-    high_low = tl.load(corner + HALF * HEAD_DIM, mask=square, other=0).to(tl.float32)
-    high_high = tl.load(corner + HALF * HEAD_DIM + HALF, mask=square, other=0).to(tl.float32)
-    new_low = tl.dot(low, low_low, input_precision="tf32x3")
-    new_low = tl.dot(high, high_low, new_low, input_precision="tf32x3")
-    new_high = tl.dot(low, low_high, input_precision="tf32x3")
-    new_high = tl.dot(high, high_high, new_high, input_precision="tf32x3")
-    norm: tl.constexpr = HEAD_DIM**-0.5
-    return new_low * norm, new_high * norm
+    if PAIRS > 0:
+        second = (channel >= PAIRS) & (channel < 2 * PAIRS)
+        paired = inside & (channel < 2 * PAIRS)
+        pair = tl.where(second, channel - PAIRS, channel)
+        other = tl.load(mean + tl.where(second, channel - PAIRS, channel + PAIRS), mask=paired, other=0.0)
+        other = tl.where(second, other, -other)
+        frequency = tl.load(frequencies + pair, mask=paired, other=0.0)
+        cos, sin = turned(base[:, None] * (frequency * 0.15915494309189535)[None, :])
+        of_base = (own[None, :] * cos + other[None, :] * sin) * rope_scale
+        result = tl.where(paired[None, :], of_base, own[None, :])
+    else:
+        result = own[None, :] + tl.zeros([base.shape[0], 1], tl.float32)
+    return result
 
 
 @triton.jit
@@ -190,8 +173,8 @@ def _store_encoded(
     for group in tl.static_range(GROUPS):
         in_low = (inside & (of_low == group))[None, :]
         in_high = (inside & (of_high == group))[None, :]
-        # NaN is passed over by minima and maxima, and added last.
-        spoilt = tl.sum(tl.where(in_low, low - low, 0.0), 1) + tl.sum(tl.where(in_high, high - high, 0.0), 1)
+        # NaN is passed over by minima and maxima, and comes in last.
+        spoilt = tl.max((in_low & (low != low)).to(tl.int32), 1) + tl.max((in_high & (high != high)).to(tl.int32), 1)
         if MINIMUM:
             least = tl.minimum(
                 tl.min(tl.where(in_low, low, float("inf")), 1), tl.min(tl.where(in_high, high, float("inf")), 1)
@@ -311,10 +294,10 @@ def _append_kernel(
         if OFFSET:
             mean = key_offset + head * HEAD_DIM
             base = position.to(tl.float64)
-            low -= _rope_of_offset(mean, base, frequencies, rope_scale, 0, HALF, HEAD_DIM, PAIRS, PADDED)
-            high -= _rope_of_offset(mean, base, frequencies, rope_scale, HALF, HALF, HEAD_DIM, PAIRS, PADDED)
+            low -= rope_of_offset(mean, base, frequencies, rope_scale, 0, HALF, HEAD_DIM, PAIRS, PADDED)
+            high -= rope_of_offset(mean, base, frequencies, rope_scale, HALF, HALF, HEAD_DIM, PAIRS, PADDED)
         if KEYS_ROTATED:
-            low, high = _rotated(low, high, key_signs, HALF, HEAD_DIM, PADDED)
+            low, high = rotated_halves(low, high, key_signs, HALF, HEAD_DIM, PADDED)
         code_rows = block * key_stride_block + head * key_stride_head + row * key_stride_token
         scale_rows = (
             block * key_scale_stride_block + head * key_scale_stride_head + row * key_scale_stride_token
@@ -328,11 +311,11 @@ def _append_kernel(
         low = tl.load(x[:, None] + channel[None, :], mask=present, other=0.0).to(tl.float32)
         high = tl.load(x[:, None] + (channel + HALF)[None, :], mask=present, other=0.0).to(tl.float32)
         if VALUE_OFFSET:
-            mean = value_offset + head * HEAD_DIM + channel
-            low -= tl.load(mean, mask=channel < HALF, other=0.0)[None, :]
-            high -= tl.load(mean + HALF, mask=channel < HALF, other=0.0)[None, :]
+            means = value_offset + head * HEAD_DIM + channel
+            low -= tl.load(means, mask=channel < HALF, other=0.0)[None, :]
+            high -= tl.load(means + HALF, mask=channel < HALF, other=0.0)[None, :]
         if VALUES_ROTATED:
-            low, high = _rotated(low, high, value_signs, HALF, HEAD_DIM, PADDED)
+            low, high = rotated_halves(low, high, value_signs, HALF, HEAD_DIM, PADDED)
         code_rows = block * value_stride_block + head * value_stride_head + row * value_stride_token
         scale_rows = (
             block * value_scale_stride_block + head * value_scale_stride_head + row * value_scale_stride_token
@@ -416,5 +399,5 @@ def _launch(
         VALUE_OFFSET=value_offset is not None,
         PAIRS=0 if frequencies is None else frequencies.shape[0],
         TILE=_TILE,
-        num_warps=4,
+        num_warps=_WARPS,
     )

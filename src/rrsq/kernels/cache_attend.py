@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._triton import ceil_div, next_power_of_two, processors, tl, triton
-from .cache import decode_cache, dequantized_halves, offset_keys, turn
+from .cache import decode_cache, dequantized_halves, offset_keys, rotated_halves, turned
 from .operation import Constraints, operation
 
 __all__ = ["QUERIES", "cache_attend"]
@@ -24,6 +24,8 @@ QUERIES = 16
 """New tokens a sequence up to which decoding from codes is offered; for more, keys are read out first."""
 
 _TILE = 64
+_WARPS = 4
+_STAGES = 3
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -227,10 +229,10 @@ def _attend_kernel(
 
     constant = tl.zeros([ROWS], tl.float32)
     if OFFSET:
-        mean = key_offset + kv_head * HEAD_DIM
+        means = key_offset + kv_head * HEAD_DIM
         if 2 * PAIRS < HEAD_DIM:
-            low_rest = tl.load(mean + channel, mask=inside & (channel >= 2 * PAIRS), other=0.0)
-            high_rest = tl.load(mean + channel + HALF, mask=inside & (channel + HALF >= 2 * PAIRS), other=0.0)
+            low_rest = tl.load(means + channel, mask=inside & (channel >= 2 * PAIRS), other=0.0)
+            high_rest = tl.load(means + channel + HALF, mask=inside & (channel + HALF >= 2 * PAIRS), other=0.0)
             constant += tl.sum(q_low.to(tl.float32) * low_rest[None, :], 1)
             constant += tl.sum(q_high.to(tl.float32) * high_rest[None, :], 1)
         if PAIRS > 0:
@@ -239,32 +241,23 @@ def _attend_kernel(
             here = present[:, None] & paired[None, :]
             q_first = tl.load(q_rows[:, None] + pair[None, :], mask=here, other=0.0).to(tl.float32)
             q_second = tl.load(q_rows[:, None] + (pair + PAIRS)[None, :], mask=here, other=0.0).to(tl.float32)
-            first = tl.load(mean + pair, mask=paired, other=0.0) * rope_scale
-            second = tl.load(mean + pair + PAIRS, mask=paired, other=0.0) * rope_scale
+            first = tl.load(means + pair, mask=paired, other=0.0) * rope_scale
+            second = tl.load(means + pair + PAIRS, mask=paired, other=0.0) * rope_scale
             along = q_first * first[None, :] + q_second * second[None, :]
             across = q_second * first[None, :] - q_first * second[None, :]
-            frequency = tl.load(frequencies + pair, mask=paired, other=0.0)
+            # No turn makes them larger than this, with which they fit into float16.
+            bound = tl.sqrt(tl.max(along * along + across * across, 1))
+            bound = tl.where(bound > 0, bound, 1.0)
+            along = along / bound[:, None]
+            across = across / bound[:, None]
+            frequency = tl.load(frequencies + pair, mask=paired, other=0.0) * 0.15915494309189535
             step = frequency.to(tl.float32)[:, None] * tl.arange(0, TILE).to(tl.float32)[None, :]
-            step_cos = tl.cos(step)
-            step_sin = tl.sin(step)
+            step_cos, step_sin = turned(step)
+            step_cos16 = step_cos.to(tl.float16)
+            step_sin16 = step_sin.to(tl.float16)
 
     if ROTATED:
-        # Rows of the matrix by halves of the query's channels, columns by halves of the result's.
-        corner = signs + channel[:, None] * HEAD_DIM + channel[None, :]
-        square = inside[:, None] & inside[None, :]
-        low_low = tl.load(corner, mask=square, other=0).to(tl.float32)
-        low_high = tl.load(corner + HALF, mask=square, other=0).to(tl.float32)
-        high_low = tl.load(corner + HALF * HEAD_DIM, mask=square, other=0).to(tl.float32)
-        high_high = tl.load(corner + HALF * HEAD_DIM + HALF, mask=square, other=0).to(tl.float32)
-        x_low = q_low.to(tl.float32)
-        x_high = q_high.to(tl.float32)
-        turned_low = tl.dot(x_low, low_low, input_precision="tf32x3")
-        turned_low = tl.dot(x_high, high_low, turned_low, input_precision="tf32x3")
-        turned_high = tl.dot(x_low, low_high, input_precision="tf32x3")
-        turned_high = tl.dot(x_high, high_high, turned_high, input_precision="tf32x3")
-        norm: tl.constexpr = HEAD_DIM**-0.5
-        turned_low = turned_low * norm
-        turned_high = turned_high * norm
+        turned_low, turned_high = rotated_halves(q_low, q_high, signs, HALF, HEAD_DIM, PADDED)
     else:
         turned_low = q_low.to(tl.float32)
         turned_high = q_high.to(tl.float32)
@@ -313,11 +306,12 @@ def _attend_kernel(
         logits = tl.dot(high16, k_high.trans(), logits) * largest[:, None]
         if OFFSET:
             if PAIRS > 0:
-                cos, sin = turn((position + start - begin).to(tl.float64), frequency)
+                cos, sin = turned((position + start - begin).to(tl.float64) * frequency)
                 near = along * cos[None, :] + across * sin[None, :]
                 far = across * cos[None, :] - along * sin[None, :]
-                logits = tl.dot(near, step_cos, logits, input_precision="tf32x3")
-                logits = tl.dot(far, step_sin, logits, input_precision="tf32x3")
+                of_offset = tl.dot(near.to(tl.float16), step_cos16)
+                of_offset = tl.dot(far.to(tl.float16), step_sin16, of_offset)
+                logits += of_offset * bound[:, None]
             logits += constant[:, None]
         logits = logits * scaling
         if SOFTCAP:
@@ -533,7 +527,8 @@ def _launch(
         SOFTCAP=softcap > 0,
         WHOLE=whole,
         TILE=_TILE,
-        num_warps=4,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
     )
     if not whole:
         _combine_kernel[(batch * tokens * heads,)](

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ._triton import ceil_div, next_power_of_two, tl, triton
-from .cache import decode_cache, dequantized_halves, offset_keys
-from .cache_append import _rope_of_offset, _rotated
+from .cache import decode_cache, dequantized_halves, offset_keys, rotated_halves
+from .cache_append import rope_of_offset
 from .operation import Constraints, operation
 
 __all__ = ["cache_read"]
@@ -173,15 +173,15 @@ def _read_kernel(
         low = low16.to(tl.float32)
         high = high16.to(tl.float32)
         if KEYS_ROTATED:
-            low, high = _rotated(low, high, key_signs, HALF, HEAD_DIM, PADDED)
+            low, high = rotated_halves(low, high, key_signs, HALF, HEAD_DIM, PADDED)
         if OFFSET:
             mean = key_offset + head * HEAD_DIM
             position = token
             if SHIFTED:
                 position += tl.load(shift + batch)
             base = position.to(tl.float64)
-            low += _rope_of_offset(mean, base, frequencies, rope_scale, 0, HALF, HEAD_DIM, PAIRS, PADDED)
-            high += _rope_of_offset(mean, base, frequencies, rope_scale, HALF, HALF, HEAD_DIM, PAIRS, PADDED)
+            low += rope_of_offset(mean, base, frequencies, rope_scale, 0, HALF, HEAD_DIM, PAIRS, PADDED)
+            high += rope_of_offset(mean, base, frequencies, rope_scale, HALF, HALF, HEAD_DIM, PAIRS, PADDED)
         tl.store(keys + place, low.to(keys.dtype.element_ty), mask=present)
         tl.store(keys + place + HALF, high.to(keys.dtype.element_ty), mask=present)
     else:
@@ -196,11 +196,11 @@ def _read_kernel(
         low = low16.to(tl.float32)
         high = high16.to(tl.float32)
         if VALUES_ROTATED:
-            low, high = _rotated(low, high, value_signs, HALF, HEAD_DIM, PADDED)
+            low, high = rotated_halves(low, high, value_signs, HALF, HEAD_DIM, PADDED)
         if VALUE_OFFSET:
-            mean = value_offset + head * HEAD_DIM + channel
-            low += tl.load(mean, mask=channel < HALF, other=0.0)[None, :]
-            high += tl.load(mean + HALF, mask=channel < HALF, other=0.0)[None, :]
+            means = value_offset + head * HEAD_DIM + channel
+            low += tl.load(means, mask=channel < HALF, other=0.0)[None, :]
+            high += tl.load(means + HALF, mask=channel < HALF, other=0.0)[None, :]
         tl.store(values + place, low.to(values.dtype.element_ty), mask=present)
         tl.store(values + place + HALF, high.to(values.dtype.element_ty), mask=present)
 

@@ -120,15 +120,17 @@ class Decoder:
         """The forward pass."""
         forward = type(self.model).forward
         cache = kwargs.get("past_key_values")
-        if is_compiling() or args or not isinstance(cache, DynamicCache | StaticCache):
+        if is_compiling() or not isinstance(cache, DynamicCache | StaticCache):
             return forward(self.model, *args, **kwargs)
+        if args:
+            kwargs = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
         input_ids = kwargs.get("input_ids")
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         storage = None
         if isinstance(tokens, Tensor) and not torch.is_grad_enabled():
             storage = self._storage(cache, tokens)
         if storage is None or self._refused is not None or not self._is_step(cache, kwargs):
-            return forward(self.model, *args, **kwargs)
+            return forward(self.model, **kwargs)
         return self._step(cache, storage, kwargs)
 
     def _storage(self, cache: Cache, tokens: Tensor) -> Storage | None:

@@ -15,15 +15,21 @@ from rrsq.runtime.decoding import attach_decoder
 from rrsq.runtime.kv_cache.layers import QuantizedCacheLayer
 from rrsq.runtime.kv_cache.quantizer import KVQuantizer
 from rrsq.runtime.kv_cache.static import CodesLayer, enough
+from tiny_families import tiny_model
 from tiny_quantized import logits_of, quantize_tiny, random_tokens, recipe_of
 
 EXACT_LINEARS = ["activations.smoothing=null", "activations.bits=16", "weights.group_size=2", "weights.method=rtn"]
 
 
-@pytest.fixture(scope="module", params=["tiny_llama_dir", "tiny_qwen2_dir", "tiny_gemma3_dir"])
-def model(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(scope="module", params=["tiny_llama_dir", "tiny_qwen2_dir", "gemma3_text"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     recipe = recipe_of("rrs-w4a4kv4", EXACT_LINEARS)
-    quantized = quantize_tiny(request.getfixturevalue(request.param), recipe).model
+    if request.param == "gemma3_text":
+        folder = tmp_path_factory.mktemp("gemma3")
+        tiny_model("gemma3_text").save_pretrained(folder)
+    else:
+        folder = request.getfixturevalue(request.param)
+    quantized = quantize_tiny(folder, recipe).model
     attach_decoder(quantized)
     return quantized
 

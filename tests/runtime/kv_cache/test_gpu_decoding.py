@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rrsq.runtime.decoding import Decoder, attach_decoder
+from tiny_families import tiny_model
 from tiny_quantized import quantize_tiny, random_tokens, recipe_of
 
 pytestmark = [
@@ -19,9 +20,14 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=["tiny_llama_dir", "tiny_qwen2_dir", "tiny_gemma3_dir"])
-def model(request: pytest.FixtureRequest) -> Any:
-    quantized = quantize_tiny(request.getfixturevalue(request.param), recipe_of("rrs-w4a4kv4")).model
+@pytest.fixture(scope="module", params=["tiny_llama_dir", "tiny_qwen2_dir", "gemma3_text"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if request.param == "gemma3_text":
+        folder = tmp_path_factory.mktemp("gemma3")
+        tiny_model("gemma3_text").save_pretrained(folder)
+    else:
+        folder = request.getfixturevalue(request.param)
+    quantized = quantize_tiny(folder, recipe_of("rrs-w4a4kv4")).model
     quantized.to("cuda", torch.bfloat16)
     attach_decoder(quantized)
     return quantized
