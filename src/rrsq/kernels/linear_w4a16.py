@@ -46,8 +46,8 @@ def linear_w4a16(
 ) -> Tensor:
     """``y = x Ŵᵀ + b``: the weight is dequantized to the dtype of ``x`` and multiplied in floating point.
 
-    For up to 64 tokens in 16 bits kernels multiply from the codes: with ``code * multiplier``, exact, and with
-    the scale in float32 behind the sum. They agree with the reference to the rounding of its weight.
+    For up to 64 tokens in 16 bits kernels multiply from the codes: with ``code * multiplier``, exact, and
+    with the scale in float32 behind the sum. They agree with the reference to the rounding of its weight.
 
     Args:
         x: floating point ``[tokens, in]``.
