@@ -24,13 +24,15 @@ _LEAST_TOKENS = 16  # Of a tile on the tensor cores.
 _ENOUGH_TILES = 512
 
 
-def float_gemm_plan(tokens: int, out_features: int, row_bytes: int) -> FusedPlan:
+def float_gemm_plan(tokens: int, out_features: int, row_bytes: int, bits: int = 4) -> FusedPlan:
     """Tile sizes for ``tokens`` up to :data:`MAXIMUM_TOKENS` and rows of ``row_bytes`` bytes of codes.
 
     The more tokens, the more rows share what a program reads of the activations.
     """
     block_tokens = max(next_power_of_two(tokens), _LEAST_TOKENS)
     block_out, block_bytes = (64, 128) if block_tokens == _LEAST_TOKENS else (128, 64)
+    if bits == 8:
+        block_bytes = 128
     split = 1
     while ceil_div(out_features, block_out) * split < _ENOUGH_TILES and 512 * split <= row_bytes:
         split *= 2
@@ -44,17 +46,17 @@ def _read_bytes(
     x_row,
     present,
     row,
-    step,
+    first,
     in_features,
-    BLOCK_BYTES: tl.constexpr,
+    CHANNELS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """One step of K of int8 codes ``[BLOCK_OUT, BLOCK_BYTES]`` and channels ``[BLOCK_BYTES, BLOCK_TOKENS]``.
+    """int8 codes ``[BLOCK_OUT, CHANNELS]`` from ``first`` on, and ``[CHANNELS, BLOCK_TOKENS]`` they meet.
 
     ``in_features`` is a multiple of 16.
     """
     stride = tl.multiple_of(in_features, 16)
-    channel = step * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
+    channel = first + tl.arange(0, CHANNELS)
     codes_pointers = codes_pointer + (row * stride)[:, None] + channel[None, :]
     x_pointers = x_pointer + (x_row * stride)[None, :] + channel[:, None]
     if EVEN:
@@ -110,7 +112,8 @@ def _float_gemm_kernel(
     total = tl.zeros([BLOCK_OUT, BLOCK_TOKENS], tl.float32)
     for step in tl.range(part * steps // SPLIT, (part + 1) * steps // SPLIT, num_stages=STAGES):
         # A step is summed apart, so that the tensor cores are done with the weights' registers when it ends:
-        # Triton 3.6 lets the next step overwrite them under an asynchronous product that reads them.
+        # Triton 3.6 lets the next step overwrite them under an asynchronous product that reads them. Two
+        # products make its sum, since the compiler would make one of a single one and the total again.
         if BITS == 4:
             packed, low_multiplier, high_multiplier, x_low, x_high = read_step(
                 x_pointer,
@@ -132,11 +135,18 @@ def _float_gemm_kernel(
             summed = tl.dot(low, x_low.to(low.dtype))
             total += tl.dot(high, x_high.to(high.dtype), summed)
         else:
-            codes, x = _read_bytes(
-                x_pointer, codes_pointer, x_row, present, row, step, in_features, BLOCK_BYTES, EVEN
+            HALF_STEP: tl.constexpr = BLOCK_BYTES // 2
+            first = step * BLOCK_BYTES
+            codes0, x0 = _read_bytes(
+                x_pointer, codes_pointer, x_row, present, row, first, in_features, HALF_STEP, EVEN
             )
-            weight = float_bytes(codes, x.dtype, PTX)
-            total += tl.dot(weight, x.to(weight.dtype))
+            codes1, x1 = _read_bytes(
+                x_pointer, codes_pointer, x_row, present, row, first + HALF_STEP, in_features, HALF_STEP, EVEN
+            )
+            weight0 = float_bytes(codes0, x0.dtype, PTX)
+            weight1 = float_bytes(codes1, x1.dtype, PTX)
+            summed = tl.dot(weight0, x0.to(weight0.dtype))
+            total += tl.dot(weight1, x1.to(weight1.dtype), summed)
     finished = True
     if SPLIT > 1:
         tile = tile_out * tl.num_programs(0) + tile_token

@@ -72,7 +72,7 @@ def _prepare(
     weight_int8 = weight_int8.contiguous()
     if tokens > MAXIMUM_TOKENS or in_features % 16 or x.dtype == torch.float32:
         return lambda x: _dequantized_product(x, weight_int8, weight_scale, bias)
-    plan = float_gemm_plan(tokens, out_features, in_features)
+    plan = float_gemm_plan(tokens, out_features, in_features, bits=8)
 
     def run(x: Tensor) -> Tensor:
         out = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
