@@ -309,6 +309,8 @@ def test_layers_that_differ_and_linears_that_stay(tmp_path: Path) -> None:
     assert steps["mlp.down"] == ("triton hadamard_transform", "None library")
     assert steps["self_attn.qkv (16 bits)"] == (None, "None library")
     assert steps["lm_head"] == (None, "triton linear_w4a16")
+    recipe.write_text(recipe.read_text().replace("head: {bits: 4}", "head: {bits: 8}"))
+    assert steps_of(model, str(recipe))["lm_head"] == (None, "triton linear_w8a16")
 
 
 @pytest.mark.usefixtures("plain", "no_gpu")

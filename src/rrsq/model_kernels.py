@@ -243,8 +243,12 @@ def _head(model: Any, family: ModelFamily, recipe: Recipe, target: Target, dtype
 
     rows, channels = model.get_submodule(family.head).weight.shape
     product = Step("library")
-    if not head_is_kept(recipe, family) and recipe.head.bits == 4:
-        facts: dict[str, Any] = {"x": dtype, "in_features": channels, "out_features": rows}
+    facts: dict[str, Any] = {"x": dtype, "in_features": channels, "out_features": rows}
+    if head_is_kept(recipe, family):
+        return ServedInput(family.head, (), channels, None, product)
+    if recipe.head.bits == 8:
+        product = _step(kernels.linear_w8a16, target, facts)
+    elif recipe.head.bits == 4:
         if recipe.weights.group_size is not None:
             facts["weight_group_size"] = group_size_for(recipe.weights.group_size, channels)
         product = _step(kernels.linear_w4a16, target, facts)

@@ -97,6 +97,17 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float(((actual.double() - expected).abs() / magnitude).max())
 
 
+def assert_rounded_once(y: Tensor, expected: Tensor) -> None:
+    """Within half a unit in the last place, and the error of a sum in float32.
+
+    The interpreter does not round to bfloat16, but cuts off: there it is a whole unit.
+    """
+    units = 1.0 if y.dtype == torch.bfloat16 and y.device.type == "cpu" else 0.5
+    magnitude = expected.abs().amax(1, keepdim=True)
+    allowed = expected.abs() * (units * torch.finfo(y.dtype).eps) + magnitude * 1e-5
+    assert bool(((y.double() - expected).abs() <= allowed).all())
+
+
 class Weight:
     """Random codes, scales and (with groups of 16) multipliers, with the float64 matrix they stand for."""
 

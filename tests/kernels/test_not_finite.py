@@ -137,13 +137,20 @@ def test_every_plan_carries_a_scale_of_nan(plan, device):
 
 @every_value
 @every_backend
-def test_linear_w4a16(backend, value, device, generator):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_linears_with_floating_activations(bits, dtype, backend, value, device, generator):
     """In floating point an infinity gives infinities."""
     problem = make_problem(TOKENS, 24, 256, device=device)
-    x = torch.randn(TOKENS, 256, generator=generator).to(device)
-    weight = (problem.packed, problem.weight_scale, problem.multiplier, problem.bias)
+    x = torch.randn(TOKENS, 256, generator=generator).to(device, dtype)
+    if bits == 8:
+        codes = torch.randint(1, 128, (24, 256), generator=generator, dtype=torch.int8).to(device)
+        operation, weight = kernels.linear_w8a16, (codes, problem.weight_scale, problem.bias)
+    else:
+        operation = kernels.linear_w4a16
+        weight = (problem.packed, problem.weight_scale, problem.multiplier, problem.bias)
     with kernels.use_kernels(backend):
-        y, expected = kernels.linear_w4a16(spoilt(x, value), *weight), kernels.linear_w4a16(x, *weight)
+        y, expected = operation(spoilt(x, value), *weight), operation(x, *weight)
     assert not bool(y[BAD].isfinite().any())
     assert not math.isnan(value) or all_nan(y[BAD])
     assert torch.equal(y[OTHERS], expected[OTHERS])

@@ -19,6 +19,7 @@ OPERATIONS = (
     "linear_int8",
     "linear_group_scaled",
     "linear_w4a16",
+    "linear_w8a16",
     "grouped_linear",
     "gptq_block",
 )
@@ -52,6 +53,7 @@ def test_shapes_and_dtypes_of_the_fake_implementations(problem):
             (p.operand, p.scale, torch.rand(5, 3), 1, p.packed, p.weight_scale, p.bias, torch.float16),
         ),
         (ops.gptq_block, (torch.randn(4, 6), torch.rand(4, 6) + 0.1, torch.eye(4))),
+        (ops.linear_w8a16, (x, torch.ones(24, 96, dtype=torch.int8), p.weight_scale, p.bias)),
         (ops.linear_w4a16, (x, p.packed, p.weight_scale, p.multiplier, p.bias, None)),
         (
             ops.grouped_linear,

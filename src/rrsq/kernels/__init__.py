@@ -13,6 +13,7 @@ from .grouped_linear import Routing, grouped_linear, route_rows
 from .linear_group_scaled import linear_group_scaled
 from .linear_int8 import linear_int8
 from .linear_w4a16 import linear_w4a16
+from .linear_w8a16 import linear_w8a16
 from .operation import forced_backend, use_kernels
 from .packing import pack_int4, unpack_int4, weight_operand
 from .quantize_signed import quantize_signed
@@ -35,6 +36,7 @@ __all__ = [
     "linear_group_scaled",
     "linear_int8",
     "linear_w4a16",
+    "linear_w8a16",
     "pack_int4",
     "quantize_signed",
     "quantize_smoothed",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from .float_gemm import MAXIMUM_TOKENS, float_gemm, float_gemm_plan
 from .linear_int8 import FLOATING
 from .operation import Constraints, operation
-from .packing import dequantize, weight_operand, weight_sizes
+from .packing import dequantize, group_size_of, supports_words, weight_operand, weight_sizes
 
 __all__ = ["linear_w4a16"]
 
@@ -43,6 +46,9 @@ def linear_w4a16(
 ) -> Tensor:
     """``y = x Ŵᵀ + b``: the weight is dequantized to the dtype of ``x`` and multiplied in floating point.
 
+    For up to 64 tokens in 16 bits kernels multiply from the codes: with ``code * multiplier``, exact, and
+    with the scale in float32 behind the sum. They agree with the reference to the rounding of its weight.
+
     Args:
         x: floating point ``[tokens, in]``.
         weight_packed: uint8 ``[out, in/2]``.
@@ -68,6 +74,46 @@ def _launch(
     bias: Tensor | None,
     unpacked: Tensor | None,
 ) -> Tensor:
-    """A dequantization pass, then the library's product."""
+    return _prepare(x, weight_packed, weight_scale, weight_multiplier, bias, unpacked)(x)
+
+
+def _prepare(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    bias: Tensor | None,
+    unpacked: Tensor | None,
+) -> Callable[[Tensor], Tensor]:
+    """See :meth:`~rrsq.kernels.operation.Operation.prepare`.
+
+    Few tokens are multiplied from the codes; for more, a dequantization pass and the library's product.
+    """
+    tokens, in_features = x.shape
+    out_features, row_bytes = weight_packed.shape
+    packed_words = supports_words(in_features, group_size_of(in_features, weight_multiplier))
+    if tokens > MAXIMUM_TOKENS or not packed_words or x.dtype == torch.float32:
+        return lambda x: _dequantized_product(x, weight_packed, weight_scale, weight_multiplier, bias)
+    plan = float_gemm_plan(tokens, out_features, row_bytes)
+
+    def run(x: Tensor) -> Tensor:
+        out = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
+        if tokens:
+            float_gemm(plan, x.contiguous(), weight_packed, weight_scale, weight_multiplier, bias, out)
+        return out
+
+    return run
+
+
+_launch.prepare = _prepare  # type: ignore[attr-defined]
+
+
+def _dequantized_product(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
     weight = dequantize(weight_packed, weight_multiplier, weight_scale, x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))

@@ -29,7 +29,9 @@ __all__ = [
     "MULTIPLIER_MAX",
     "chunk_words",
     "dequantize",
+    "float_bytes",
     "float_codes",
+    "float_nibbles",
     "group_size_of",
     "pack_block",
     "pack_int4",
@@ -206,6 +208,150 @@ def float_codes(nibble, multiplier, dtype: tl.constexpr, GROUP: tl.constexpr, PT
     if GROUP > 0:
         code *= multiplier.to(code.dtype)
     return code
+
+
+# Four codes become floats in two registers. A code's bits in the mantissa of a power of two, 2^7 or 2^10, are
+# that power plus the code; one multiply-add takes the power away and applies the multiplier, exactly.
+_NIBBLES = """
+{{
+.reg .b32 t, p;
+and.b32 t, $4, 0x0F0F0F0F;
+prmt.b32 p, t, {power}, 0x4140;
+fma.rn.{type}x2 $0, p, {low0};
+prmt.b32 p, t, {power}, 0x4342;
+fma.rn.{type}x2 $1, p, {low1};
+shr.u32 t, $4, 4;
+and.b32 t, t, 0x0F0F0F0F;
+prmt.b32 p, t, {power}, 0x4140;
+fma.rn.{type}x2 $2, p, {high0};
+prmt.b32 p, t, {power}, 0x4342;
+fma.rn.{type}x2 $3, p, {high1};
+}}
+"""
+_BFLOAT16 = {"type": "bf16", "power": "0x43434343"}
+_FLOAT16 = {"type": "f16", "power": "0x64646464"}
+_MULTIPLIED = {"low0": "$5, $9", "low1": "$6, $10", "high0": "$7, $11", "high1": "$8, $12"}
+_BFLOAT16_NIBBLES_SCALED = tl.constexpr(_NIBBLES.format(**_BFLOAT16, **_MULTIPLIED))
+_FLOAT16_NIBBLES_SCALED = tl.constexpr(_NIBBLES.format(**_FLOAT16, **_MULTIPLIED))
+
+
+def _same(addend: str) -> dict[str, str]:
+    return dict.fromkeys(_MULTIPLIED, addend)
+
+
+# One and -(2^7 + 8), one and -(2^10 + 8).
+_BFLOAT16_NIBBLES = tl.constexpr(
+    _NIBBLES.format(**_BFLOAT16, **_same("one, offset")).replace(
+        ".reg .b32 t, p;", ".reg .b32 t, p, one, offset; mov.b32 one, 0x3F803F80; mov.b32 offset, 0xC308C308;"
+    )
+)
+_FLOAT16_NIBBLES = tl.constexpr(
+    _NIBBLES.format(**_FLOAT16, **_same("one, offset")).replace(
+        ".reg .b32 t, p;", ".reg .b32 t, p, one, offset; mov.b32 one, 0x3C003C00; mov.b32 offset, 0xE408E408;"
+    )
+)
+# The sign bit of an int8 makes 2^7 into 2^8: 2^7 + (code & 127) less 2^7 or 2^8.
+_BFLOAT16_BYTES = tl.constexpr("""
+{
+.reg .b32 p, a, b, minus;
+mov.b32 minus, 0xBF80BF80;
+prmt.b32 p, $2, 0x43434343, 0x4140;
+and.b32 a, p, 0xFF7FFF7F;
+and.b32 b, p, 0xFF80FF80;
+fma.rn.bf16x2 $0, b, minus, a;
+prmt.b32 p, $2, 0x43434343, 0x4342;
+and.b32 a, p, 0xFF7FFF7F;
+and.b32 b, p, 0xFF80FF80;
+fma.rn.bf16x2 $1, b, minus, a;
+}
+""")
+# 2^10 + (code + 128) less 1152.
+_FLOAT16_BYTES = tl.constexpr("""
+{
+.reg .b32 t, p, one, offset;
+mov.b32 one, 0x3C003C00;
+mov.b32 offset, 0xE480E480;
+xor.b32 t, $2, 0x80808080;
+prmt.b32 p, t, 0x64646464, 0x4140;
+fma.rn.f16x2 $0, p, one, offset;
+prmt.b32 p, t, 0x64646464, 0x4342;
+fma.rn.f16x2 $1, p, one, offset;
+}
+""")
+
+
+@triton.jit
+def float_nibbles(
+    packed, low_multiplier, high_multiplier, dtype: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr
+):
+    """``code * multiplier`` of low and of high nibbles in ``dtype``, float16 or bfloat16; exact.
+
+    uint8 ``packed`` and multipliers have one shape, with ``GROUP`` 0 the latter are not looked at. Each byte
+    has its own multiplier: four that share a register need not be of one row. Without ``PTX`` the results are
+    float32, since the interpreter does not compute in bfloat16.
+    """
+    if not PTX:
+        low = ((packed & 0xF).to(tl.int32) - 8).to(tl.float32)
+        high = ((packed >> 4).to(tl.int32) - 8).to(tl.float32)
+        if GROUP > 0:
+            low *= low_multiplier.to(tl.float32)
+            high *= high_multiplier.to(tl.float32)
+    elif GROUP > 0:
+        low_factor = low_multiplier.to(dtype)
+        high_factor = high_multiplier.to(dtype)
+        if dtype == tl.bfloat16:
+            low, high = tl.inline_asm_elementwise(
+                _BFLOAT16_NIBBLES_SCALED,
+                "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
+                [packed, low_factor, high_factor, low_factor * -136.0, high_factor * -136.0],
+                dtype=(tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=4,
+            )
+        else:
+            low, high = tl.inline_asm_elementwise(
+                _FLOAT16_NIBBLES_SCALED,
+                "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
+                [packed, low_factor, high_factor, low_factor * -1032.0, high_factor * -1032.0],
+                dtype=(tl.float16, tl.float16),
+                is_pure=True,
+                pack=4,
+            )
+    else:
+        if dtype == tl.bfloat16:
+            low, high = tl.inline_asm_elementwise(
+                _BFLOAT16_NIBBLES,
+                "=&r,=&r,=&r,=&r,r",
+                [packed],
+                dtype=(tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=4,
+            )
+        else:
+            low, high = tl.inline_asm_elementwise(
+                _FLOAT16_NIBBLES,
+                "=&r,=&r,=&r,=&r,r",
+                [packed],
+                dtype=(tl.float16, tl.float16),
+                is_pure=True,
+                pack=4,
+            )
+    return low, high
+
+
+@triton.jit
+def float_bytes(codes, dtype: tl.constexpr, PTX: tl.constexpr):
+    """int8 codes in ``dtype``, float16 or bfloat16; exact. Without ``PTX`` float32."""
+    if not PTX:
+        return codes.to(tl.float32)
+    elif dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            _BFLOAT16_BYTES, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            _FLOAT16_BYTES, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+        )
 
 
 @triton.jit

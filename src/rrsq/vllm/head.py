@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
+from .. import kernels
 from ..errors import CheckpointError
 from ..recipe import Recipe
 from ..runtime.modules.input import FloatInput, Weight
@@ -69,8 +70,7 @@ class HeadMethod(QuantizeMethodBase):
         """``[..., in]`` to logits ``[..., rows]`` in the dtype of ``x``."""
         rows = x.reshape(-1, x.shape[-1])
         if self.bits == 8:
-            y = nn.functional.linear(rows, layer.weight_int8.to(x.dtype)).float() * layer.weight_scale
-            y = y.to(x.dtype) if bias is None else y.to(x.dtype) + bias
+            y = kernels.linear_w8a16(rows, layer.weight_int8, layer.weight_scale, bias)
         else:
             weight = Weight(layer.weight_packed, layer.weight_scale, layer.weight_multiplier, bias, None)
             y = FloatInput(rows).multiply(weight, x.dtype)

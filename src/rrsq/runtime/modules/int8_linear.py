@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+
+from ... import kernels
+from .gradient import StraightThrough, needs_gradient
 
 __all__ = ["Int8Linear"]
 
@@ -50,13 +52,21 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]`` in the dtype of ``x``."""
-        # Blocks of rows, so that no copy of the whole weight in floating point is made.
-        parts = [
-            (linear(x, self.weight_int8[rows].to(x.dtype)).float() * self.weight_scale[rows]).to(x.dtype)
-            for rows in self._blocks()
-        ]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return y if self.bias is None else y + self.bias
+        if needs_gradient(x):
+            return StraightThrough.apply(x, self._multiply, self._input_gradient)
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        y = kernels.linear_w8a16(rows, self.weight_int8, self.weight_scale, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _input_gradient(self, grad: Tensor) -> Tensor:
+        scaled = grad.float() * self.weight_scale
+        result = scaled.new_zeros((*grad.shape[:-1], self.in_features))
+        for rows in self._blocks():
+            result += scaled[..., rows] @ self.weight_int8[rows].float()
+        return result
 
     def _blocks(self) -> list[slice]:
         return [slice(start, start + _ROWS) for start in range(0, self.out_features, _ROWS)]
