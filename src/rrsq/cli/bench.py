@@ -9,13 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rrsq.cli.console import examples, print_note, progress_bar, stdout
-from rrsq.cli.options import HARDWARE, OUTPUT, Device, DeviceName, resolve_device
+from rrsq.cli.options import (
+    HARDWARE,
+    OUTPUT,
+    RECIPE,
+    Assignments,
+    Device,
+    DeviceName,
+    resolve_device,
+)
 from rrsq.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
     from rrsq.benchmarking.shapes import LinearShape
+    from rrsq.recipe import Recipe
 
 __all__ = ["EXAMPLES", "bench"]
 
@@ -26,6 +35,7 @@ EXAMPLES = examples(
 )
 _GPU_TOKENS = "1,16,64,256,2048,8192"
 _CPU_TOKENS = "1,16"
+_RECIPE = "rrs-w4a4kv4"
 
 
 def bench(
@@ -58,6 +68,16 @@ def bench(
             "humming (humming-kernels, where installed).",
         ),
     ] = "int8,fp8",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Recipe whose group sizes and bits are timed ('rrsq recipes' lists them). Without it that of"
+            f" a checkpoint, or {_RECIPE}.",
+            rich_help_panel=RECIPE,
+            show_default=False,
+        ),
+    ] = None,
+    assignments: Assignments = None,
     device: Device = DeviceName.AUTO,
     cuda_graph: Annotated[
         bool,
@@ -108,11 +128,13 @@ def bench(
     device_name = resolve_device(device)
     shapes = _shapes(shape or [], model)
     counts = _counts(tokens or (_CPU_TOKENS if device_name == "cpu" else _GPU_TOKENS))
+    chosen = _recipe(recipe, assignments or [], model)
 
     import torch
 
     from rrsq.benchmarking.ceilings import measure_ceilings
     from rrsq.benchmarking.contenders import CONTENDERS
+    from rrsq.benchmarking.linear_scheme import LinearScheme
     from rrsq.benchmarking.measure import Settings, measure
     from rrsq.benchmarking.speeds import BenchmarkReport, plot, tables, to_json
     from rrsq.benchmarking.tune import tune as find_plans
@@ -121,6 +143,7 @@ def bench(
     for name in names:
         if name not in CONTENDERS:
             raise UsageError(f"--against {name}: unknown; there are {', '.join(CONTENDERS)}.")
+    scheme = LinearScheme.of(chosen)
     target = (
         torch.device("cuda", torch.cuda.current_device()) if device_name == "cuda" else torch.device("cpu")
     )
@@ -133,19 +156,20 @@ def bench(
             progress.update(task, description=text)
 
         if tune:
-            print_note(f"Wrote {find_plans(shapes, target, show)}")
+            print_note(f"Wrote {find_plans(shapes, target, scheme, show)}")
         show("measuring the machine's ceilings")
         ceilings = measure_ceilings(target)
-        settings = Settings(tuple(shapes), counts, names, target, cuda_graph, seconds)
+        settings = Settings(tuple(shapes), counts, names, target, cuda_graph, seconds, scheme)
         rows = tuple(measure(settings, ceilings, show))
     command = " ".join(["rrsq", *sys.argv[1:]])
-    report = BenchmarkReport(_describe(target), command, cuda_graph, ceilings, rows)
+    report = BenchmarkReport(_describe(target), command, cuda_graph, ceilings, rows, chosen.name, scheme)
     for table in tables(report):
         stdout.print(table)
     print_note(
         f"{report.device}: copies at {ceilings.bytes_per_second / 1e12:.2f} TB/s, bfloat16 products at "
         f"{ceilings.bf16_operations_per_second / 1e12:.1f} TFLOP/s; int8 and fp8 are taken at twice that."
     )
+    print_note(f"rrsq: recipe {chosen.name}, {scheme}.")
     if json_path is not None:
         json_path.write_text(to_json(report))
         print_note(f"Wrote {json_path}")
@@ -162,6 +186,22 @@ def _shapes(shapes: list[str], model: str | None) -> list[LinearShape]:
             "Nothing to time: give --shape OUTxIN (for example --shape 4096x4096) or --model NAME."
         )
     return [parse_shape(text) for text in shapes] + ([] if model is None else model_shapes(model))
+
+
+def _recipe(name: str | None, assignments: list[str], model: str | None) -> Recipe:
+    """The recipe asked for, else that of a checkpoint, else the default."""
+    from rrsq.recipe import load_recipe
+    from rrsq.runtime.format.format import parse_info
+    from rrsq.runtime.format.json_files import read_config
+    from rrsq.runtime.format.loading import is_checkpoint
+
+    if name is None and model is not None and is_checkpoint(model):
+        if assignments:
+            raise UsageError(
+                f"--set changes a recipe, and '{model}' is made by its own: name one (--recipe)."
+            )
+        return parse_info(read_config(Path(model))["quantization_config"]).recipe
+    return load_recipe(name or _RECIPE, assignments)
 
 
 def _counts(text: str) -> tuple[int, ...]:
