@@ -13,6 +13,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "DataError",
+    "EngineError",
     "HadamardOrderError",
     "InterruptedRunError",
     "KernelUnavailableError",
@@ -87,6 +88,10 @@ class StorageError(RRSQError):
 
 class InterruptedRunError(RRSQError):
     """The user stopped the run."""
+
+
+class EngineError(RRSQError):
+    """An inference engine (vLLM) did not start, or stopped."""
 
 
 class KernelUnavailableError(RRSQError):

@@ -12,6 +12,7 @@ from rrsq.errors import UsageError
 
 __all__ = [
     "DATA",
+    "ENGINE",
     "HARDWARE",
     "OUTPUT",
     "RECIPE",
@@ -22,17 +23,24 @@ __all__ = [
     "Device",
     "DeviceName",
     "DtypeName",
+    "Engine",
+    "EngineName",
+    "EngineOptions",
     "Model",
     "NumSamples",
     "Restart",
     "Seed",
     "SequenceLength",
+    "TensorParallelSize",
+    "check_output_file",
+    "given",
     "parse_batch_size",
     "resolve_device",
 ]
 
 # Panels of the help text.
 DATA = "Data"
+ENGINE = "Engine"
 HARDWARE = "Hardware"
 OUTPUT = "Output"
 RECIPE = "Recipe"
@@ -53,6 +61,41 @@ class DtypeName(str, Enum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
 
+
+class EngineName(str, Enum):
+    """What runs a model."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
+
+
+Engine = Annotated[
+    EngineName,
+    typer.Option(
+        help="What runs the model. vllm needs pip install 'rrsq\\[vllm]' and an NVIDIA GPU.",
+        rich_help_panel=ENGINE,
+    ),
+]
+
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel-size",
+        "-t",
+        min=1,
+        help="With vllm: GPUs that share each layer.",
+        rich_help_panel=ENGINE,
+    ),
+]
+
+EngineOptions = Annotated[
+    str,
+    typer.Option(
+        metavar="JSON",
+        help="With vllm: further options of its LLM, such as '{\"gpu_memory_utilization\": 0.5}'.",
+        rich_help_panel=ENGINE,
+    ),
+]
 
 Model = Annotated[
     str,
@@ -138,3 +181,19 @@ def resolve_device(device: DeviceName) -> str:
     if device is DeviceName.CUDA and not available:
         raise UsageError("--device cuda: torch sees no CUDA device. Use --device cpu or auto.")
     return "cuda" if available and device is not DeviceName.CPU else "cpu"
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether the command line names an option, by its parameter's name."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def check_output_file(option: str, path: Path | None) -> None:
+    """Refuse a file that cannot be written, before it is computed. Raises :class:`UsageError`."""
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no folder '{path.parent}'.")
+    if path.is_dir():
+        raise UsageError(f"{option} {path}: that is a folder. Name a file.")

@@ -18,7 +18,14 @@ from ..runtime.format.loading import is_checkpoint, load_config
 from ..runtime.format.validate import check_description, check_layers
 from .limits import check_servable
 
-__all__ = ["TESTED_VERSION", "Launch", "check_checkpoint", "check_installation", "plan_launch"]
+__all__ = [
+    "TESTED_VERSION",
+    "Launch",
+    "check_checkpoint",
+    "check_installation",
+    "engine_environment",
+    "plan_launch",
+]
 
 TESTED_VERSION = "0.26"
 """The releases of vLLM that the plugin is tested with; ``pyproject.toml`` asks for the same."""
@@ -107,9 +114,13 @@ def plan_launch(path: str, tensor_parallel_size: int = 1, options: Sequence[str]
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", path]
     if tensor_parallel_size > 1:
         command += ["--tensor-parallel-size", str(tensor_parallel_size)]
-    environment = {}
+    kept = {name: value for name, value in engine_environment().items() if name not in os.environ}
+    return Launch((*command, *options), kept)
+
+
+def engine_environment() -> dict[str, str]:
+    """Variables that vLLM needs for a checkpoint, however it is started; those of the user's own win."""
     if importlib.util.find_spec("flashinfer") is None:
         # vLLM takes it to be there, as its own requirements say, and would fail to import it.
-        environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-    kept = {name: value for name, value in environment.items() if name not in os.environ}
-    return Launch((*command, *options), kept)
+        return {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    return {}
