@@ -28,7 +28,7 @@ from forked import exit_codes, forked, torchrun_environments
 from rrsq.cli import main
 from rrsq.cli.app import app
 from tiny_gguf import save_gguf
-from tiny_vllm import StandIn
+from tiny_vllm import StandIn, lm_eval_model
 
 __all__ = ["RUNNERS", "accepted", "rrsq", "run_script"]
 
@@ -200,6 +200,20 @@ def run_bench_whole(command: Command, output: Path, monkeypatch: pytest.MonkeyPa
         rrsq(command.words[1:])
 
 
+def run_in_vllm(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the stand-in for vLLM, which runs on a CPU."""
+    from rrsq.evaluation import served
+
+    place = command.words.index("--engine")
+    words = smaller(command.words[1:])
+    device = words.index("--device")
+    del words[device : device + 2]
+    assert command.words[place + 1] == "vllm"
+    with StandIn.installed(monkeypatch):
+        monkeypatch.setattr(served, "_lm_eval_model", lm_eval_model)
+        rrsq(words)
+
+
 def run_torchrun(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun reads its command line; the processes are forked, since each of its own imports torch anew."""
     from torch.distributed.run import parse_args
@@ -276,6 +290,8 @@ def run_pytest(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) 
 RUNNERS: dict[str, Runner] = {
     "rrsq serve ": run_serve,
     "rrsq bench --whole ": run_bench_whole,
+    "rrsq eval out/ --engine vllm ": run_in_vllm,
+    'rrsq generate out/ "The capital of France is" --engine vllm': run_in_vllm,
     "rrsq ": run_rrsq,
     "python -m rrsq.lm_eval ": run_lm_eval,
     "python examples/big_model.py ": run_big_model,

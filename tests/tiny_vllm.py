@@ -19,7 +19,17 @@ import torch
 
 from rrsq.vllm import engine, launch
 
-__all__ = ["StandIn"]
+__all__ = ["StandIn", "lm_eval_model"]
+
+
+VARIABLES = (
+    "VLLM_PLUGINS",
+    "VLLM_LOGGING_LEVEL",
+    "VLLM_LOGGING_STREAM",
+    "VLLM_USE_FLASHINFER_SAMPLER",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
+)
 
 
 class SamplingParams(types.SimpleNamespace):
@@ -60,9 +70,37 @@ class StandIn:
         monkeypatch.setitem(sys.modules, "vllm", module)
         monkeypatch.setattr(launch, "version", lambda name: f"{launch.TESTED_VERSION}.3")
         monkeypatch.setattr(launch, "entry_points", lambda group: [point])
-        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+        for name in VARIABLES:  # What the engine sets is gone after the test.
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
         monkeypatch.setattr(engine, "_gpus", lambda: gpus)
         yield stand_in
+
+
+def lm_eval_model(folder: str, options: dict[str, Any]) -> Any:
+    """In the place of lm-eval's ``vllm`` model: its ``hf`` model around the stand-in's."""
+    from lm_eval.api.model import LM
+    from transformers import AutoTokenizer
+
+    import vllm  # type: ignore[import-not-found]
+    from rrsq.evaluation.harness.model import LoadedModel
+
+    llm = vllm.LLM(model=folder, **options)
+    inner: Any = LoadedModel(llm.model, AutoTokenizer.from_pretrained(folder))
+
+    class Model(LM):
+        model = llm
+
+        def loglikelihood(self, requests: Any) -> Any:
+            return inner.loglikelihood(requests)
+
+        def loglikelihood_rolling(self, requests: Any) -> Any:
+            return inner.loglikelihood_rolling(requests)
+
+        def generate_until(self, requests: Any) -> Any:
+            return inner.generate_until(requests)
+
+    return Model()
 
 
 class LLM:

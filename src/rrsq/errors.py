@@ -93,6 +93,12 @@ class InterruptedRunError(RRSQError):
 class EngineError(RRSQError):
     """An inference engine (vLLM) did not start, or stopped."""
 
+    @classmethod
+    def of(cls, what: str, error: BaseException) -> EngineError:
+        """Say what failed, and the first line of why."""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return cls(f"{what}: {type(error).__name__}: {lines[0] if lines else 'no message'}")
+
 
 class KernelUnavailableError(RRSQError):
     """No registered kernel can serve a call; the message lists each candidate and its reason."""

@@ -21,6 +21,8 @@ from rrsq.cli.options import (
     TensorParallelSize,
     check_output_file,
     given,
+    refuse,
+    refuse_for_engine,
     resolve_device,
 )
 from rrsq.errors import UsageError
@@ -138,7 +140,7 @@ def bench(
         int, typer.Option(min=2, help="Tokens that a step is the mean of.", rich_help_panel=WHOLE)
     ] = 128,
     repeats: Annotated[
-        int, typer.Option(min=1, help="Runs of each; the best counts.", rich_help_panel=WHOLE)
+        int, typer.Option(min=1, max=1000, help="Runs of each; the best counts.", rich_help_panel=WHOLE)
     ] = 3,
     layers: Annotated[
         int | None,
@@ -181,7 +183,8 @@ def bench(
     """
     for option, path in (("--json", json_path), ("--plot", plot_path)):
         check_output_file(option, path)
-    _refuse_others(context, whole=whole)
+    refuse(context, _OF_LINEARS if whole else _OF_WHOLE, "is for linears" if whole else "needs --whole")
+    refuse_for_engine(context, engine)
     if not whole:
         request = (shape or [], model, tokens, "int8,fp8" if against is None else against)
         _time_linears(
@@ -222,22 +225,6 @@ def bench(
 # By the option's parameter.
 _OF_LINEARS = ("tokens", "cuda_graph", "seconds", "tune", "plot_path")
 _OF_WHOLE = ("batch", "context_tokens", "loads", "new_tokens", "repeats", "layers", "engine")
-_OF_VLLM = ("tensor_parallel_size", "engine_options")
-
-
-def _refuse_others(context: typer.Context, *, whole: bool) -> None:
-    """Refuse options that would have no effect."""
-    vllm = whole and context.params["engine"] is EngineName.VLLM
-    unfit = [
-        *((name, "is for linears, without --whole") for name in _OF_LINEARS if whole),
-        *((name, "needs --whole") for name in (*_OF_WHOLE, *_OF_VLLM) if not whole),
-        *((name, "needs --engine vllm") for name in _OF_VLLM if whole and not vllm),
-        *((name, "has no effect with --engine vllm, which takes the GPU") for name in ("device",) if vllm),
-    ]
-    for name, reason in unfit:
-        if given(context, name):
-            option = next(each.opts[0] for each in context.command.params if each.name == name)
-            raise UsageError(f"{option} {reason}. Leave it out.")
 
 
 def _time_linears(

@@ -68,7 +68,7 @@ def time_whole(request: WholeRequest) -> None:
         request.repeats,
         request.loads,
         tuple(outcomes),
-        {**library_versions(), "vllm": _version("vllm")},
+        library_versions(),
     )
     for table in tables(report):
         stdout.print(table)
@@ -160,12 +160,3 @@ def _explain(report: WholeReport) -> None:
         f" prompts and a token of each; the best of {report.repeats}. Ratios are to bf16 in this run;"
         " above 1 is faster."
     )
-
-
-def _version(package: str) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ __all__ = [
     "DATA",
     "ENGINE",
     "HARDWARE",
+    "MOST_PROCESSES",
     "OUTPUT",
     "RECIPE",
     "Assignments",
@@ -35,8 +37,12 @@ __all__ = [
     "check_output_file",
     "given",
     "parse_batch_size",
+    "refuse",
+    "refuse_for_engine",
     "resolve_device",
 ]
+
+MOST_PROCESSES = 1024  # Of tensor parallelism: no machine has more.
 
 # Panels of the help text.
 DATA = "Data"
@@ -83,6 +89,7 @@ TensorParallelSize = Annotated[
         "--tensor-parallel-size",
         "-t",
         min=1,
+        max=MOST_PROCESSES,
         help="With vllm: GPUs that share each layer.",
         rich_help_panel=ENGINE,
     ),
@@ -189,11 +196,34 @@ def given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def refuse(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """Refuse options of the command line, by their parameters' names, that would have no effect.
+
+    Raises:
+        UsageError: ``OPTION reason. Leave it out.``
+    """
+    for name in names:
+        if given(context, name):
+            option = next(each.opts[0] for each in context.command.params if each.name == name)
+            raise UsageError(f"{option} {reason}. Leave it out.")
+
+
+def refuse_for_engine(context: typer.Context, engine: EngineName, *others: str) -> None:
+    """Refuse options that an engine has no use for; ``others`` are such with vllm, as ``--device`` is."""
+    if engine is EngineName.VLLM:
+        refuse(context, ("device", *others), "has no effect with --engine vllm, which takes the GPU")
+    else:
+        refuse(context, ("tensor_parallel_size", "engine_options"), "needs --engine vllm")
+
+
 def check_output_file(option: str, path: Path | None) -> None:
     """Refuse a file that cannot be written, before it is computed. Raises :class:`UsageError`."""
     if path is None:
         return
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"{option} {path}: there is no folder '{path.parent}'.")
-    if path.is_dir():
-        raise UsageError(f"{option} {path}: that is a folder. Name a file.")
+    try:
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"{option} {path}: there is no folder '{path.parent}'.")
+        if path.is_dir():
+            raise UsageError(f"{option} {path}: that is a folder. Name a file.")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{option} {str(path)[:100]}: no path of a file ({str(error)[:100]}).") from error

@@ -10,12 +10,21 @@ import gc
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import EngineError, UsageError
+from ..runtime.format.loading import is_checkpoint, locate_model
 from .launch import check_checkpoint, check_installation, engine_environment
 
-__all__ = ["Engine", "check_engine", "parse_engine_options"]
+__all__ = [
+    "Engine",
+    "check_engine",
+    "device_name",
+    "parse_engine_options",
+    "served_folder",
+    "set_environment",
+]
 
 
 def check_engine(checkpoint: str | None, tensor_parallel_size: int = 1) -> str | None:
@@ -59,6 +68,36 @@ def parse_engine_options(text: str) -> dict[str, Any]:
     return options
 
 
+def served_folder(model: str, data_root: Path | str | None = None) -> str | None:
+    """The folder of a checkpoint of rrsq's; None for another model.
+
+    Raises:
+        ModelLoadError: there is no such model.
+        UsageError: it is a GGUF file.
+    """
+    folder, options = locate_model(model, data_root)
+    if "gguf_file" in options:
+        raise UsageError(
+            f"'{model}' is a GGUF file, which --engine vllm does not take. Use --engine transformers, or"
+            " quantize it first."
+        )
+    return folder if is_checkpoint(folder) else None
+
+
+def set_environment() -> None:
+    """Set the variables that vLLM reads when it is imported; those of the user's own stay."""
+    quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+    for name, value in {**quiet, **engine_environment()}.items():
+        os.environ.setdefault(name, value)
+
+
+def device_name() -> str:
+    """Of the GPU."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
 def _gpus() -> int:
     import torch
 
@@ -77,14 +116,20 @@ class Engine:
     """
 
     def __init__(self, model: str, options: Mapping[str, Any]) -> None:
-        for name, value in engine_environment().items():
-            os.environ.setdefault(name, value)
+        set_environment()
         try:
             from vllm import LLM
 
             self._llm: Any = LLM(model=model, **options)
         except Exception as error:  # Whatever an option or a model makes vLLM raise.
-            raise EngineError(f"vLLM did not start with '{model}': {_first_line(error)}") from error
+            raise EngineError.of(f"vLLM did not start with '{model}'", error) from error
+
+    @classmethod
+    def around(cls, llm: Any) -> Engine:
+        """One that somebody else started: an object of vLLM's ``LLM``."""
+        engine = cls.__new__(cls)
+        engine._llm = llm
+        return engine
 
     @property
     def vocabulary(self) -> int:
@@ -161,7 +206,7 @@ class Engine:
         try:
             return self._llm.generate(asked, SamplingParams(**sampling), use_tqdm=False)
         except Exception as error:
-            raise EngineError(f"vLLM stopped: {_first_line(error)}") from error
+            raise EngineError.of("vLLM stopped", error) from error
 
     def close(self) -> None:
         """End vLLM's processes, which gives their memory back."""
@@ -171,8 +216,3 @@ class Engine:
             shutdown()
         del self._llm
         gc.collect()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

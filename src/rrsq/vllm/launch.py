@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import ModelLoadError, UsageError
 from ..runtime.format.format import parse_info
 from ..runtime.format.json_files import read_config
-from ..runtime.format.loading import is_checkpoint, load_config
+from ..runtime.format.loading import is_checkpoint, load_config, locate_model
 from ..runtime.format.validate import check_description, check_layers
 from .limits import check_servable
 
@@ -58,6 +58,7 @@ def check_checkpoint(path: str, tensor_parallel_size: int) -> None:
         CheckpointError: it is damaged, incomplete, or of another format version.
         UsageError: it cannot be served, or not by so many processes.
     """
+    locate_model(path)  # Says what is wrong with a path.
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ModelLoadError(f"'{path}' is no checkpoint: there is no config.json in it.")

@@ -54,9 +54,7 @@ class _InVLLM(RunningModel):
     def __init__(
         self, path: Path, has_files: bool, options: Mapping[str, Any], longest: int, most: int
     ) -> None:
-        import torch
-
-        from rrsq.vllm.engine import Engine
+        from rrsq.vllm.engine import Engine, device_name
 
         os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # fill is handed to the workers.
         given = {
@@ -71,7 +69,7 @@ class _InVLLM(RunningModel):
         self.weight_bytes = self._engine.apply(count_bytes if has_files else fill)
         self.vocabulary = self._engine.vocabulary
         self.cache_tokens = self._engine.cache_tokens
-        self.device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        self.device = device_name()
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> object:
         return self._engine.complete(prompts, new_tokens, to_the_end=True)
