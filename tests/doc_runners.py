@@ -28,6 +28,7 @@ from forked import exit_codes, forked, torchrun_environments
 from rrsq.cli import main
 from rrsq.cli.app import app
 from tiny_gguf import save_gguf
+from tiny_vllm import StandIn, lm_eval_model
 
 __all__ = ["RUNNERS", "accepted", "rrsq", "run_script"]
 
@@ -185,16 +186,32 @@ def run_serve(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -
     rrsq([*words[:place], "--dry-run", *words[place:]])
 
 
-def run_serving_speed(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without vLLM: each contender takes no time."""
-    from rrsq.benchmarking import serving
+def run_bench_whole(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the contenders' processes, which take no time; the tiny models have little context."""
+    from rrsq.benchmarking.whole import plan, process
 
-    def instant(name: str, description: Any, loads: Any, engine: Any) -> serving.Served:
-        measured = [serving.Measurement(load.batch, load.context, 1.0, 1.0) for load in loads]
-        return serving.Served(name, "no GPU", 1, 1, 0.0, measured)
+    def instant(job: process.Job) -> process.Outcome:
+        measured = [process.Measurement(load.batch, load.context, *[1.0] * 4) for load in job.loads]
+        return process.Outcome(job.name, device="no GPU", measurements=tuple(measured))
 
-    monkeypatch.setattr(serving, "measure_in_process", instant)
-    run_script(command.words[1:], monkeypatch)
+    monkeypatch.setattr(process, "run_in_process", instant)
+    monkeypatch.setattr(plan.Subject, "context", None)
+    with StandIn.installed(monkeypatch):
+        rrsq(command.words[1:])
+
+
+def run_in_vllm(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the stand-in for vLLM, which runs on a CPU."""
+    from rrsq.evaluation import served
+
+    place = command.words.index("--engine")
+    words = smaller(command.words[1:])
+    device = words.index("--device")
+    del words[device : device + 2]
+    assert command.words[place + 1] == "vllm"
+    with StandIn.installed(monkeypatch):
+        monkeypatch.setattr(served, "_lm_eval_model", lm_eval_model)
+        rrsq(words)
 
 
 def run_torchrun(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,11 +289,13 @@ def run_pytest(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) 
 # By how a command line starts; the first that fits runs it.
 RUNNERS: dict[str, Runner] = {
     "rrsq serve ": run_serve,
+    "rrsq bench --whole ": run_bench_whole,
+    "rrsq eval out/ --engine vllm ": run_in_vllm,
+    'rrsq generate out/ "The capital of France is" --engine vllm': run_in_vllm,
     "rrsq ": run_rrsq,
     "python -m rrsq.lm_eval ": run_lm_eval,
     "python examples/big_model.py ": run_big_model,
     "python examples/expert_speed.py ": run_expert_speed,
-    "python examples/serving_speed.py ": run_serving_speed,
     "python examples/": run_example,
     "torchrun ": run_torchrun,
     "make ": run_make,

@@ -13,6 +13,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "DataError",
+    "EngineError",
     "HadamardOrderError",
     "InterruptedRunError",
     "KernelUnavailableError",
@@ -87,6 +88,16 @@ class StorageError(RRSQError):
 
 class InterruptedRunError(RRSQError):
     """The user stopped the run."""
+
+
+class EngineError(RRSQError):
+    """An inference engine (vLLM) did not start, or stopped."""
+
+    @classmethod
+    def of(cls, what: str, error: BaseException) -> EngineError:
+        """Say what failed, and the first line of why."""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return cls(f"{what}: {type(error).__name__}: {lines[0] if lines else 'no message'}")
 
 
 class KernelUnavailableError(RRSQError):

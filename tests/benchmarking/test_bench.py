@@ -11,14 +11,17 @@ from typer.testing import CliRunner
 
 from rrsq.benchmarking.ceilings import Ceilings
 from rrsq.benchmarking.contenders import CONTENDERS, contenders_for
+from rrsq.benchmarking.linear_scheme import LinearScheme
 from rrsq.benchmarking.measure import IncorrectResultError, Settings, measure
 from rrsq.benchmarking.problem import make_problems
 from rrsq.benchmarking.shapes import MODELS, LinearShape, model_shapes, parse_shape
 from rrsq.benchmarking.timing import time_calls
 from rrsq.cli.bench import bench
 from rrsq.errors import UsageError
+from rrsq.recipe import load_recipe
 
 CPU = torch.device("cpu")
+DEFAULT = LinearScheme.of(load_recipe("rrs-w4a4kv4"))
 
 
 @pytest.fixture
@@ -80,7 +83,7 @@ def test_time_calls_takes_every_call():
 
 
 def test_the_weight_in_floating_point_is_what_the_packed_one_stands_for():
-    problem = make_problems(3, LinearShape("s", 64, 96), CPU)[0]
+    problem = make_problems(3, LinearShape("s", 64, 96), CPU, DEFAULT)[0]
     expected = CONTENDERS["rrsq"].expected(problem)
     relative = (expected - CONTENDERS["cublas"].expected(problem)).norm() / expected.norm()
     assert 0.01 < float(relative) < 0.3  # 4-bit activations
@@ -91,15 +94,71 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
 
     real = contenders.kernels.linear_int8
     monkeypatch.setattr(contenders.kernels, "linear_int8", lambda *a: real(*a) * 1.1)
-    settings = Settings((LinearShape("s", 64, 64),), (2,), (), CPU, False, 0.0)
+    settings = Settings((LinearShape("s", 64, 64),), (2,), (), CPU, False, 0.0, DEFAULT)
     with pytest.raises(IncorrectResultError, match="rrsq on 64x64 with 2 tokens is off"):
         list(measure(settings, Ceilings(1e9, 1e9), lambda text: None))
 
 
 def test_rotated_shapes_add_the_rotated_stage():
-    names = [contender.name for contender in contenders_for([], LinearShape("s", 64, 64, True))]
+    names = [contender.name for contender in contenders_for([], LinearShape("s", 64, 64, True), DEFAULT)]
     assert "rotate-quantize" in names
-    assert "rotate-quantize" not in [c.name for c in contenders_for([], LinearShape("s", 64, 64))]
+    assert "rotate-quantize" not in [c.name for c in contenders_for([], LinearShape("s", 64, 64), DEFAULT)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("rrs-w4a4kv4", (32, 4, 16, 0.9333)),
+        ("rrs-w4a8kv4", (32, 8, None, 1.0)),
+        ("quarot-w4a4kv4", (None, 4, None, 0.9)),
+    ],
+)
+def test_what_is_timed_is_what_the_recipe_says(recipe, expected, monkeypatch):
+    """The calls of the timed linear, by what they are given."""
+    from rrsq.benchmarking import contenders
+
+    scheme = LinearScheme.of(load_recipe(recipe))
+    assert (scheme.weight_group_size, scheme.bits, scheme.group_size, scheme.clip) == expected
+    problem = make_problems(2, LinearShape("s", 64, 96), CPU, scheme)[0]
+    assert (problem.multiplier is None) == (expected[0] is None)
+    if problem.multiplier is not None:
+        assert problem.multiplier.shape == (64, 96 // expected[0])
+    given = []
+    real = contenders.kernels.quantize_tokens
+    monkeypatch.setattr(
+        contenders.kernels, "quantize_tokens", lambda x, *rest, **more: given.append(rest) or real(x, *rest)
+    )
+    call = CONTENDERS["rrsq-linear"].prepare(problem)
+    assert call().shape == (2, 64)
+    assert given == [expected[1:]]
+    error = (call().double() - CONTENDERS["rrsq-linear"].expected(problem)).norm()
+    assert error < 4e-3 * call().double().norm()
+    names = [contender.name for contender in contenders_for([], problem.shape, scheme)]
+    assert ("rrsq-unsmoothed" in names) == (expected[2] is not None)
+
+
+def test_groups_divide_the_channels():
+    assert DEFAULT.for_channels(4864 + 8) == LinearScheme(8, 4, 8, 0.9333)
+    assert DEFAULT.weight_bits == 4.25
+
+
+@pytest.mark.parametrize("recipe", ["gptq-w4a16", "w16a16kv4", "signed-w4a4kv4", "rrs-paper-w4a4kv4"])
+def test_a_recipe_without_an_integer_product_is_refused(recipe):
+    with pytest.raises(UsageError, match=rf"{recipe}.*cannot be timed alone"):
+        LinearScheme.of(load_recipe(recipe))
+
+
+def test_a_checkpoint_is_timed_by_its_own_recipe(run, qwen2_checkpoint, tmp_path):
+    path = tmp_path / "bench.json"
+    words = ("--model", str(qwen2_checkpoint), "--tokens", "1", "--seconds", "0", "--device", "cpu")
+    result = run(*words, "--against", "", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    made = json.loads((qwen2_checkpoint / "config.json").read_text())["quantization_config"]["recipe"]
+    report = json.loads(path.read_text())
+    assert report["recipe"] == made["name"]
+    assert report["scheme"]["group_size"] == made["activations"]["smoothing"]["group_size"]
+    result = run(*words, "--set", "weights.group_size=64")
+    assert "--set changes a recipe" in str(result.exception)
 
 
 def test_bench_on_a_cpu(run, tmp_path):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from rrsq.cli.app import app
+from tiny_vllm import StandIn
 
 TEMPLATE = (
     "{% for message in messages %}the {{ message['content'] }} was{% endfor %}"
@@ -75,3 +76,40 @@ def test_a_seed_makes_sampling_repeatable(tiny_llama_dir: Path) -> None:
         for seed in (1, 1, 2)
     )
     assert first == again != other
+
+
+def test_the_same_text_through_vllm(chatting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for vLLM that runs transformers' models: prompt, template and what is shown."""
+    with StandIn.installed(monkeypatch) as vllm:
+        for words in (("the river",), ("king", "--chat")):
+            expected = rrsq_generate(chatting, *words, "--max-new-tokens", 6)
+            command = ["generate", str(chatting), *words, "--max-new-tokens", "6", "--engine", "vllm"]
+            result = CliRunner().invoke(app, [*command, "--seed", "3"], env={"COLUMNS": "200"})
+            assert result.exit_code == 0, result.output
+            assert result.stdout.strip() == expected.stdout.strip()
+    for engine in vllm.engines:
+        ((prompts, sampling),) = engine.asked
+        assert (sampling.max_tokens, sampling.temperature, sampling.seed) == (6, 0.0, 3)
+        assert not sampling.ignore_eos
+        assert engine.options["max_model_len"] == len(prompts[0]) + 6
+        assert engine.closed
+
+
+def test_what_vllm_cannot_do_is_refused(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*words: object) -> Result:
+        return CliRunner().invoke(app, ["generate", str(tiny_llama_dir), "the", *map(str, words)])
+
+    missing = run("--engine", "vllm")
+    assert missing.exit_code == 2
+    assert "pip install 'rrsq[vllm]'" in missing.stderr
+    with StandIn.installed(monkeypatch) as vllm:
+        for words, message in (
+            (("--engine", "vllm", "--device", "cpu"), "--device has no effect"),
+            (("--engine", "vllm", "--max-new-tokens", 10**6), "exceed the model's context"),
+            (("--engine", "vllm", "--engine-options", "{"), "no valid JSON"),
+            (("--engine-options", "{}"), "--engine-options needs --engine vllm"),
+        ):
+            result = run(*words)
+            assert result.exit_code == 2, result.output
+            assert message in result.stderr.replace("\n", " ")
+        assert not vllm.engines

@@ -115,7 +115,7 @@ def test_the_number_of_processes_is_handed_on(qwen2_checkpoint: Path) -> None:
 
 def test_what_is_no_checkpoint(tiny_qwen2_dir: Path, tmp_path: Path) -> None:
     assert "none that rrsq quantized" in rrsq_serve(tiny_qwen2_dir, "--dry-run").stderr
-    assert "there is no config.json" in rrsq_serve(tmp_path, "--dry-run").stderr
+    assert "holds no config.json" in rrsq_serve(tmp_path, "--dry-run").stderr
 
 
 def test_a_damaged_checkpoint(damaged: Path) -> None:

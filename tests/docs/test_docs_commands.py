@@ -19,7 +19,7 @@ from doc_runners import RUNNERS, accepted
 from rrsq.cli.app import app
 
 # The parser takes these, and the command then says what is missing.
-MENTIONED = {"rrsq bench"}
+MENTIONED = {"rrsq bench", "rrsq bench --whole"}
 
 
 def inline_commands(page: Path) -> Iterator[Command]:

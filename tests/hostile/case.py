@@ -17,7 +17,8 @@ __all__ = ["ENTRIES", "Case", "Outcome", "change_json", "outcomes", "read_tensor
 Outcome = Literal["error", "same", "either", "shown", "own", "skipped"]
 
 # Ways to load a checkpoint. ``eval`` and ``generate`` are the commands, which load the tokenizer as well.
-ENTRIES = ("load", "from_pretrained", "inspect", "generate", "eval")
+# ``serve`` and ``bench`` read headers, and start nothing here.
+ENTRIES = ("load", "from_pretrained", "inspect", "generate", "eval", "serve", "bench")
 
 
 def outcomes(
@@ -34,6 +35,8 @@ def outcomes(
         "inspect": inspect or everywhere,
         "generate": commands or everywhere,
         "eval": commands or everywhere,
+        "serve": "shown",
+        "bench": "shown",
     }
 
 

@@ -91,8 +91,10 @@ def _entries() -> dict[str, Callable[[Path, Path], str]]:
     from typer.main import get_command
 
     import rrsq
+    from rrsq.benchmarking.whole import process
     from rrsq.cli.app import app
 
+    process.run_in_process = _not_timed
     torch.set_num_threads(1)
     os.environ["COLUMNS"] = "300"
     logging.set_verbosity_error()
@@ -128,18 +130,37 @@ def _entries() -> dict[str, Callable[[Path, Path], str]]:
         "eval": lambda folder, text: _first_number(
             command("eval", str(folder), "--tasks", f"text:{text}", "--sequence-length", "16", "--limit", "1")
         ),
+        "serve": lambda folder, text: command("serve", str(folder), "--dry-run"),
+        "bench": lambda folder, text: command(
+            "bench",
+            "--whole",
+            "--model",
+            str(folder),
+            "--loads",
+            "1x8",
+            "--new-tokens",
+            "2",
+            "--device",
+            "cpu",
+        ),
     }
 
 
+def _not_timed(job: Any) -> Any:
+    """In the place of a contender's process."""
+    from rrsq.benchmarking.whole.loads import Measurement
+    from rrsq.benchmarking.whole.process import Outcome
+
+    return Outcome(job.name, device="none", measurements=(Measurement(1, 8, 1.0, 1.0, 1.0, 1.0),))
+
+
 def _entries_of(case: Case, index: int) -> list[str]:
-    """The entries to try. ``eval`` and ``generate`` load alike, so that they take turns, step by step."""
-    turn = {"eval": 0, "generate": 1}
+    """The entries to try. Those that load alike take turns; those that only look are tried at times."""
+    step = index // 2
     both = case.expected["eval"] != case.expected["load"]
-    return [
-        name
-        for name, outcome in case.expected.items()
-        if outcome != "skipped" and (both or turn.get(name, index // 2 % 2) == index // 2 % 2)
-    ]
+    turns = {"eval": both or step % 2 == 0, "generate": both or step % 2 == 1}
+    turns |= {"serve": step % 8 == 0, "bench": step % 8 == 4}
+    return [name for name, outcome in case.expected.items() if outcome != "skipped" and turns.get(name, True)]
 
 
 class CommandError(Exception):

@@ -17,13 +17,12 @@ from torch import Tensor
 from rrsq import kernels
 from rrsq.kernels.linear_int8 import int8_matmul
 
-from .problem import GROUP_SIZE, Problem
+from .linear_scheme import LinearScheme
+from .problem import Problem
 from .shapes import LinearShape
 
 __all__ = ["CONTENDERS", "Call", "Contender", "contenders_for"]
 
-BITS = 4
-CLIP = 0.95
 _LARGEST_SMOOTHING_GROUP = 128
 
 Call = Callable[[], Tensor]
@@ -43,14 +42,16 @@ class Contender:
     """Largest relative error (Frobenius norms) that is correct."""
     unavailable: Callable[[torch.device], str | None] = lambda device: None
     """Why it cannot run on a device, or None."""
-    weight_bits: float = 4.25
-    """Bits of the weight that a call reads, multipliers included."""
+    weight_bits: float | None = None
+    """Bits of the weight that a call reads; None: those of the recipe, multipliers included."""
     stage: bool = False
     """Whether it is a stage of a linear, with no arithmetic rate of its own."""
     turn: str | None = None
     """Neighbours of the same turn are timed alternately, for small differences."""
     only_rotated: bool = False
     """Whether it exists only where the input is rotated."""
+    only_grouped: bool = False
+    """Whether it exists only where groups of activations have multipliers."""
 
 
 def _smoothing_group(problem: Problem) -> int:
@@ -63,8 +64,11 @@ def _rotation(problem: Problem) -> dict[str, object]:
     return {"base": problem.base, "hadamard_block": problem.shape.in_features}
 
 
-def _quantize(problem: Problem) -> tuple[Tensor, Tensor]:
-    return kernels.quantize_tokens(problem.x, BITS, GROUP_SIZE, CLIP, **_rotation(problem))  # type: ignore[arg-type]
+def _quantize(problem: Problem, *, smoothed: bool = True, rotated: bool = True) -> tuple[Tensor, Tensor]:
+    scheme = problem.scheme
+    rotation = _rotation(problem) if rotated else {}
+    group_size = scheme.group_size if smoothed else None
+    return kernels.quantize_tokens(problem.x, scheme.bits, group_size, scheme.clip, **rotation)  # type: ignore[arg-type]
 
 
 def _product(problem: Problem, operand: Tensor, scale: Tensor) -> Tensor:
@@ -86,7 +90,7 @@ def _ours_product(problem: Problem) -> Call:
 
 
 def _ours_unsmoothed(problem: Problem) -> Call:
-    operand, scale = kernels.quantize_tokens(problem.x, BITS, None, CLIP, **_rotation(problem))  # type: ignore[arg-type]
+    operand, scale = _quantize(problem, smoothed=False)
     return lambda: _product(problem, operand, scale)
 
 
@@ -95,17 +99,20 @@ def _ours_linear(problem: Problem) -> Call:
 
 
 def _ours_quantization(problem: Problem) -> Call:
-    return lambda: kernels.quantize_tokens(problem.x, BITS, GROUP_SIZE, CLIP)[0]
+    return lambda: _quantize(problem, rotated=False)[0]
 
 
 def _ours_rotated_quantization(problem: Problem) -> Call:
     return lambda: _quantize(problem)[0]
 
 
+def _quantize_smoothed(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    clip = problem.scheme.clip
+    return kernels.quantize_smoothed(problem.x, 4, _smoothing_group(problem), "sequence", "max", clip)
+
+
 def _ours_group_scaled(problem: Problem) -> Call:
-    codes, scale, group_scale = kernels.quantize_smoothed(
-        problem.x, BITS, _smoothing_group(problem), "sequence", "max", CLIP
-    )
+    codes, scale, group_scale = _quantize_smoothed(problem)
     return lambda: kernels.linear_group_scaled(
         codes,
         scale,
@@ -126,32 +133,26 @@ def _weight(problem: Problem) -> Tensor:
     return operand.double() * problem.weight_scale.double()[:, None]
 
 
-def _eager_operand(group_size: int | None, rotated: bool) -> Callable[[Problem], tuple[Tensor, Tensor]]:
-    def quantize(problem: Problem) -> tuple[Tensor, Tensor]:
-        rotation = _rotation(problem) if rotated else {}
-        with kernels.use_kernels("eager"):
-            return kernels.quantize_tokens(problem.x, BITS, group_size, CLIP, **rotation)  # type: ignore[arg-type]
-
-    return quantize
-
-
-def _expected_grouped(group_size: int | None) -> Callable[[Problem], Tensor]:
+def _expected_product(smoothed: bool) -> Callable[[Problem], Tensor]:
     def expected(problem: Problem) -> Tensor:
-        operand, scale = _eager_operand(group_size, True)(problem)
+        with kernels.use_kernels("eager"):
+            operand, scale = _quantize(problem, smoothed=smoothed)
         return (operand.double() * scale.double()[:, None]) @ _weight(problem).T
 
     return expected
 
 
 def _expected_operand(rotated: bool) -> Callable[[Problem], Tensor]:
-    return lambda problem: _eager_operand(GROUP_SIZE, rotated)(problem)[0].double()
+    def expected(problem: Problem) -> Tensor:
+        with kernels.use_kernels("eager"):
+            return _quantize(problem, rotated=rotated)[0].double()
+
+    return expected
 
 
 def _expected_group_scaled(problem: Problem) -> Tensor:
     with kernels.use_kernels("eager"):
-        codes, scale, group_scale = kernels.quantize_smoothed(
-            problem.x, BITS, _smoothing_group(problem), "sequence", "max", CLIP
-        )
+        codes, scale, group_scale = _quantize_smoothed(problem)
     per_channel = group_scale.double().repeat_interleave(_smoothing_group(problem), 1)
     return (codes.double() * scale.double()[:, None] * per_channel) @ _weight(problem).T
 
@@ -226,9 +227,9 @@ CONTENDERS = {
         Contender("cublas", "bfloat16 by the library", _cublas, _expected_floating, 1e-2, weight_bits=16),
         Contender(
             "rrsq",
-            "W4A4 product, integer group scales",
+            "the product, of quantized activations and packed weights",
             _ours_product,
-            _expected_grouped(GROUP_SIZE),
+            _expected_product(smoothed=True),
             4e-3,
             turn="product",
         ),
@@ -236,15 +237,16 @@ CONTENDERS = {
             "rrsq-unsmoothed",
             "the same with one scale a token",
             _ours_unsmoothed,
-            _expected_grouped(None),
+            _expected_product(smoothed=False),
             4e-3,
             turn="product",
+            only_grouped=True,
         ),
         Contender(
             "rrsq-linear",
             "quantization (and rotation) and product",
             _ours_linear,
-            _expected_grouped(GROUP_SIZE),
+            _expected_product(smoothed=True),
             4e-3,
         ),
         Contender(
@@ -286,9 +288,14 @@ CONTENDERS = {
 }
 
 
-def contenders_for(against: list[str], shape: LinearShape) -> list[Contender]:
+def contenders_for(against: list[str], shape: LinearShape, scheme: LinearScheme) -> list[Contender]:
     """Our rows and the baselines asked for, the library's bfloat16 first."""
     ours = ["cublas", *(name for name in CONTENDERS if name.startswith("rrsq") or CONTENDERS[name].stage)]
     names = [*ours, *(name for name in against if name not in ours)]
     chosen = [CONTENDERS[name] for name in names]
-    return [contender for contender in chosen if shape.rotated or not contender.only_rotated]
+    return [
+        contender
+        for contender in chosen
+        if (shape.rotated or not contender.only_rotated)
+        and (scheme.group_size is not None or not contender.only_grouped)
+    ]

@@ -12,6 +12,7 @@ from rrsq.errors import RRSQError
 
 from .ceilings import Ceilings
 from .contenders import Call, Contender, contenders_for
+from .linear_scheme import LinearScheme
 from .problem import Problem, make_problems
 from .shapes import LinearShape
 from .timing import time_in_turn
@@ -34,6 +35,7 @@ class Settings:
     cuda_graph: bool
     seconds: float
     """About how long to measure each row."""
+    scheme: LinearScheme
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ def measure(settings: Settings, ceilings: Ceilings, progress: Callable[[str], No
     """
     for shape in settings.shapes:
         for tokens in settings.tokens:
-            problems = make_problems(tokens, shape, settings.device)
+            problems = make_problems(tokens, shape, settings.device, settings.scheme)
             library: float | None = None
-            contenders = contenders_for(list(settings.against), shape)
+            contenders = contenders_for(list(settings.against), shape, settings.scheme)
             for group in _groups(contenders):
                 progress(f"{shape.name} {tokens} tokens: {' and '.join(c.name for c in group)}")
                 for row in _measure_group(group, problems, shape, settings, ceilings, library):
@@ -95,7 +97,7 @@ def _measure_group(
     ready = [calls for calls, _ in checked if calls]
     times = iter(time_in_turn(ready, settings.device, settings.seconds, settings.cuda_graph) if ready else [])
     for contender, (calls, row) in zip(group, checked, strict=True):
-        yield _timed(row, contender, next(times), tokens, shape, ceilings, library) if calls else row
+        yield _timed(row, contender, next(times), problems[0], ceilings, library) if calls else row
 
 
 def _check(
@@ -130,14 +132,14 @@ def _timed(
     row: Row,
     contender: Contender,
     microseconds: float,
-    tokens: int,
-    shape: LinearShape,
+    problem: Problem,
     ceilings: Ceilings,
     library: float | None,
 ) -> Row:
     seconds = microseconds / 1e6
+    tokens, shape = problem.x.shape[0], problem.shape
     operations = 0.0 if contender.stage else 2.0 * tokens * shape.in_features * shape.out_features
-    size = _bytes(contender, tokens, shape)
+    size = _bytes(contender, problem)
     rate = ceilings.bf16_operations_per_second * (1 if contender.name == "cublas" else 2)
     floor = max(operations / rate, size / ceilings.bytes_per_second)
     return replace(
@@ -155,10 +157,12 @@ def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float(difference) if bool(torch.isfinite(actual).all()) else float("inf")
 
 
-def _bytes(contender: Contender, tokens: int, shape: LinearShape) -> float:
+def _bytes(contender: Contender, problem: Problem) -> float:
     """The fewest bytes the call must move: every operand read once, the result written once."""
+    tokens, shape = problem.x.shape[0], problem.shape
     if contender.stage:
         return 3.0 * tokens * shape.in_features
     activation = 2 if contender.name in ("cublas", "rrsq-linear") else 1
-    weight = shape.out_features * shape.in_features * contender.weight_bits / 8
+    bits = problem.scheme.weight_bits if contender.weight_bits is None else contender.weight_bits
+    weight = shape.out_features * shape.in_features * bits / 8
     return tokens * shape.in_features * activation + weight + 2.0 * tokens * shape.out_features

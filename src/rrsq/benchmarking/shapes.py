@@ -58,14 +58,14 @@ def parse_shape(text: str) -> LinearShape:
     """Parse ``NxK`` (output by input channels); ``NxK:rotated`` adds an online rotation of the input.
 
     Raises:
-        UsageError: the text is of another form, or K is odd.
+        UsageError: the text is of another form, or K is no multiple of 32.
     """
     match = re.fullmatch(r"(\d+)[x×](\d+)(:rotated)?", text)
     if match is None:
         raise UsageError(f"--shape {text}: expected OUTxIN, for example 4096x14336 or 4096x14336:rotated.")
     out_features, in_features = int(match[1]), int(match[2])
     if not out_features or not in_features or in_features % 32:
-        raise UsageError(f"--shape {text}: the input channels must be a multiple of 32 (groups of 32).")
+        raise UsageError(f"--shape {text}: the input channels must be a multiple of 32.")
     return LinearShape(text, out_features, in_features, rotated=match[3] is not None)
 
 

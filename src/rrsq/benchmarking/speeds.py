@@ -10,6 +10,7 @@ import torch
 from rich.table import Table
 
 from .ceilings import Ceilings
+from .linear_scheme import LinearScheme
 from .measure import Row
 
 __all__ = ["BenchmarkReport", "plot", "tables", "to_json"]
@@ -26,6 +27,9 @@ class BenchmarkReport:
     cuda_graph: bool
     ceilings: Ceilings
     rows: tuple[Row, ...]
+    recipe: str
+    scheme: LinearScheme
+    """What of the recipe the rows of rrsq are."""
 
     def row(self, shape: str, tokens: int, name: str) -> Row | None:
         """The measurement of a contender, or None."""

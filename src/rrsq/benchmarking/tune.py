@@ -10,6 +10,7 @@ import torch
 from rrsq import kernels
 from rrsq.errors import UsageError
 
+from .linear_scheme import LinearScheme
 from .problem import Problem, make_problems
 from .shapes import LinearShape
 from .timing import time_calls
@@ -44,7 +45,9 @@ def _candidates(tokens: int) -> list[object]:
     return plans
 
 
-def tune(shapes: list[LinearShape], device: torch.device, progress: Callable[[str], None]) -> str:
+def tune(
+    shapes: list[LinearShape], device: torch.device, scheme: LinearScheme, progress: Callable[[str], None]
+) -> str:
     """Time every candidate on each shape and number of tokens, and write the winners to the returned path.
 
     Raises:
@@ -61,7 +64,7 @@ def tune(shapes: list[LinearShape], device: torch.device, progress: Callable[[st
         entries = table["linear_int8"].setdefault(str(shape), {})
         for tokens in BUCKETS:
             progress(f"tuning {shape} for {tokens} tokens")
-            plan = _best(make_problems(tokens, shape, device), device, _candidates(tokens))
+            plan = _best(make_problems(tokens, shape, device, scheme), device, _candidates(tokens))
             entries[str(tokens)] = plan_to_data(plan)  # type: ignore[arg-type]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=1))
@@ -74,7 +77,9 @@ def _best(problems: list[Problem], device: torch.device, plans: list[object]) ->
 
     inputs = []
     for problem in problems:
-        operand, scale = kernels.quantize_tokens(problem.x, 4, 32, 0.95)
+        operand, scale = kernels.quantize_tokens(
+            problem.x, problem.scheme.bits, problem.scheme.group_size, problem.scheme.clip
+        )
         out = torch.empty(problem.x.shape[0], problem.packed.shape[0], dtype=torch.bfloat16, device=device)
         inputs.append((operand, scale, problem.packed, problem.weight_scale, problem.multiplier, None, out))
     times = {}

@@ -19,10 +19,15 @@ from rrsq.cli.options import (
     Device,
     DeviceName,
     DtypeName,
+    Engine,
+    EngineName,
+    EngineOptions,
+    TensorParallelSize,
+    check_output_file,
     parse_batch_size,
+    refuse_for_engine,
     resolve_device,
 )
-from rrsq.errors import UsageError
 
 if TYPE_CHECKING:
     from rrsq.evaluation.scores import EvaluationReport
@@ -32,11 +37,13 @@ __all__ = ["EXAMPLES", "evaluate", "print_report"]
 EXAMPLES = examples(
     "rrsq eval HuggingFaceTB/SmolLM2-135M out/ --tasks wikitext2,kl,arc_e,arc_c,boolq,obqa",
     "rrsq eval out/ --tasks hellaswag,mmlu --num-fewshot 5 --limit 100",
+    "rrsq eval out/ --engine vllm --tasks wikitext2,arc_e",
     "rrsq eval model/ w4a8/ w4a4/ --tasks wikitext2,text:notes.txt --data-root ~/data --json result.json",
 )
 
 
 def evaluate(
+    context: typer.Context,
     models: Annotated[
         list[str],
         typer.Argument(
@@ -92,6 +99,9 @@ def evaluate(
     ] = 2048,
     data_root: DataRoot = None,
     batch_size: BatchSize = "auto",
+    engine: Engine = EngineName.TRANSFORMERS,
+    tensor_parallel_size: TensorParallelSize = 1,
+    engine_options: EngineOptions = "{}",
     device: Device = DeviceName.AUTO,
     dtype: Annotated[
         DtypeName,
@@ -119,14 +129,19 @@ def evaluate(
 
     With several models, the recovery is what is left of the reference's accuracy (100 % is nothing lost), or
     by how much its perplexity grew (×1 is nothing lost).
+
+    With --engine vllm the models run there: perplexity on the same windows, and tasks through lm-eval's own
+    vllm model. A divergence is not possible, since vLLM hands out no whole distributions.
     """
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise UsageError(f"--json {json_path}: there is no folder '{json_path.parent}'.")
+    check_output_file("--json", json_path)
+    refuse_for_engine(context, engine, "batch_size")
     size = parse_batch_size(batch_size)
 
     from rrsq.evaluation.run import check_comparison, evaluate_models, prepare_tasks
     from rrsq.evaluation.scores import EvaluationReport, write_json
+    from rrsq.evaluation.served import EngineSettings, check_served, evaluate_served
     from rrsq.evaluation.tasks import TaskOptions, parse_tasks
+    from rrsq.vllm.engine import parse_engine_options
 
     options = TaskOptions(
         sequence_length=sequence_length,
@@ -137,15 +152,24 @@ def evaluate(
     )
     compared = models if baseline is None else [baseline, *models]
     parsed = parse_tasks(tasks)
+    settings = EngineSettings(tensor_parallel_size, dtype.value, parse_engine_options(engine_options))
+    if engine is EngineName.VLLM:
+        warning = check_served(compared, parsed, data_root, settings)
+        if warning is not None:
+            print_warning(warning)
     quiet_libraries()
     with progress_bar() as progress:
         bars = EvaluationBars(progress)
         bars.say("finding tasks and their data")
         prepare_tasks(parsed, options)
         check_comparison(compared, parsed, options)
-        reports = evaluate_models(
-            compared, parsed, options, device=resolve_device(device), dtype=dtype.value, on_step=bars.show
-        )
+        if engine is EngineName.VLLM:
+            reports = evaluate_served(compared, parsed, options, settings, bars.show)
+        else:
+            place = resolve_device(device)
+            reports = evaluate_models(
+                compared, parsed, options, device=place, dtype=dtype.value, on_step=bars.show
+            )
         bars.finish()
     report = EvaluationReport.of(reports)
     print_report(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,9 @@ from rrsq.errors import UsageError
 
 __all__ = [
     "DATA",
+    "ENGINE",
     "HARDWARE",
+    "MOST_PROCESSES",
     "OUTPUT",
     "RECIPE",
     "Assignments",
@@ -22,17 +25,28 @@ __all__ = [
     "Device",
     "DeviceName",
     "DtypeName",
+    "Engine",
+    "EngineName",
+    "EngineOptions",
     "Model",
     "NumSamples",
     "Restart",
     "Seed",
     "SequenceLength",
+    "TensorParallelSize",
+    "check_output_file",
+    "given",
     "parse_batch_size",
+    "refuse",
+    "refuse_for_engine",
     "resolve_device",
 ]
 
+MOST_PROCESSES = 1024  # Of tensor parallelism: no machine has more.
+
 # Panels of the help text.
 DATA = "Data"
+ENGINE = "Engine"
 HARDWARE = "Hardware"
 OUTPUT = "Output"
 RECIPE = "Recipe"
@@ -53,6 +67,42 @@ class DtypeName(str, Enum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
 
+
+class EngineName(str, Enum):
+    """What runs a model."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
+
+
+Engine = Annotated[
+    EngineName,
+    typer.Option(
+        help="What runs the model. vllm needs pip install 'rrsq\\[vllm]' and an NVIDIA GPU.",
+        rich_help_panel=ENGINE,
+    ),
+]
+
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel-size",
+        "-t",
+        min=1,
+        max=MOST_PROCESSES,
+        help="With vllm: GPUs that share each layer.",
+        rich_help_panel=ENGINE,
+    ),
+]
+
+EngineOptions = Annotated[
+    str,
+    typer.Option(
+        metavar="JSON",
+        help="With vllm: further options of its LLM, such as '{\"gpu_memory_utilization\": 0.5}'.",
+        rich_help_panel=ENGINE,
+    ),
+]
 
 Model = Annotated[
     str,
@@ -138,3 +188,42 @@ def resolve_device(device: DeviceName) -> str:
     if device is DeviceName.CUDA and not available:
         raise UsageError("--device cuda: torch sees no CUDA device. Use --device cpu or auto.")
     return "cuda" if available and device is not DeviceName.CPU else "cpu"
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether the command line names an option, by its parameter's name."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def refuse(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """Refuse options of the command line, by their parameters' names, that would have no effect.
+
+    Raises:
+        UsageError: ``OPTION reason. Leave it out.``
+    """
+    for name in names:
+        if given(context, name):
+            option = next(each.opts[0] for each in context.command.params if each.name == name)
+            raise UsageError(f"{option} {reason}. Leave it out.")
+
+
+def refuse_for_engine(context: typer.Context, engine: EngineName, *others: str) -> None:
+    """Refuse options that an engine has no use for; ``others`` are such with vllm, as ``--device`` is."""
+    if engine is EngineName.VLLM:
+        refuse(context, ("device", *others), "has no effect with --engine vllm, which takes the GPU")
+    else:
+        refuse(context, ("tensor_parallel_size", "engine_options"), "needs --engine vllm")
+
+
+def check_output_file(option: str, path: Path | None) -> None:
+    """Refuse a file that cannot be written, before it is computed. Raises :class:`UsageError`."""
+    if path is None:
+        return
+    try:
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"{option} {path}: there is no folder '{path.parent}'.")
+        if path.is_dir():
+            raise UsageError(f"{option} {path}: that is a folder. Name a file.")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{option} {str(path)[:100]}: no path of a file ({str(error)[:100]}).") from error

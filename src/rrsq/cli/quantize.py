@@ -32,6 +32,7 @@ from rrsq.cli.options import (
     Restart,
     Seed,
     SequenceLength,
+    given,
     resolve_device,
 )
 from rrsq.cli.quantization_bars import QuantizationBars
@@ -120,8 +121,7 @@ def quantize(
 def _refuse_text_options(context: typer.Context) -> None:
     """With a calibration folder no text is run, so options about text would be ignored: say so instead."""
     for name in ("calibration_data", "num_samples", "sequence_length"):
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if given(context, name):
             raise UsageError(
                 f"--{name.replace('_', '-')} has no effect with --calibration, which takes the place of the"
                 " text. Leave out one of them."

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from rrsq.cli.console import examples, printable, stderr
+from rrsq.cli.options import MOST_PROCESSES
 
 __all__ = ["EXAMPLES", "serve"]
 
@@ -36,6 +37,7 @@ def serve(
             "--tensor-parallel-size",
             "-t",
             min=1,
+            max=MOST_PROCESSES,
             help="GPUs that share each layer. A rotation must not cross them: the checkpoint decides which"
             " numbers are possible, and one that is not is refused here.",
         ),

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rrsq.evaluation.logits import LOGITS_PER_CHUNK, logit_chunks
 from rrsq.runtime.format.loading import check_token_ids
 
-__all__ = ["PerplexityResult", "ProgressCallback", "perplexity"]
+__all__ = ["PerplexityResult", "ProgressCallback", "perplexity", "perplexity_by"]
 
 ProgressCallback = Callable[[int, int, float], None]
 """Called after each batch with the windows done, the windows in all, and the perplexity so far."""
@@ -73,6 +73,40 @@ def perplexity(
         done += len(batch)
         if on_progress is not None:
             on_progress(done, num_windows, _exp(total / (done * (sequence_length - 1))))
+    return _result(windows, total, started)
+
+
+def perplexity_by(
+    score: Callable[[list[list[int]]], list[list[float]]],
+    windows: Tensor,
+    *,
+    batch_size: int = 16,
+    on_progress: ProgressCallback | None = None,
+) -> PerplexityResult:
+    """The same by an engine that gives no logits.
+
+    Args:
+        score: from windows of token ids to the logarithm of the probability of each token but the first.
+        windows: int64 ``[n, sequence_length]``, at least one, of two tokens or more.
+        batch_size: windows that it is given at a time.
+        on_progress: told of progress.
+    """
+    started = time.perf_counter()
+    total = 0.0
+    done = 0
+    for batch in windows.split(batch_size):
+        losses = torch.tensor(score(batch.tolist()), dtype=torch.float64)
+        if losses.shape != (len(batch), windows.shape[1] - 1):
+            raise ValueError(f"{list(losses.shape)} log-probabilities came for windows {list(batch.shape)}")
+        total -= losses.sum().item()
+        done += len(batch)
+        if on_progress is not None:
+            on_progress(done, len(windows), _exp(total / (done * losses.shape[1])))
+    return _result(windows, total, started)
+
+
+def _result(windows: Tensor, total: float, started: float) -> PerplexityResult:
+    num_windows, sequence_length = windows.shape
     num_tokens = num_windows * (sequence_length - 1)
     mean_nll = total / num_tokens
     return PerplexityResult(

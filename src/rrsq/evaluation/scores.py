@@ -28,13 +28,14 @@ __all__ = [
     "ModelReport",
     "jsonable",
     "library_versions",
+    "quantization_method",
     "recovery_text",
     "value_text",
     "write_json",
     "write_text",
 ]
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "vllm")
 ACCURACIES = ("acc", "acc_norm")
 AVERAGE = "average"
 
@@ -54,14 +55,11 @@ class ModelReport:
     @classmethod
     def of(cls, path: str, model: PreTrainedModel, results: tuple[TaskResult, ...]) -> ModelReport:
         """Describe a loaded model."""
-        quantization = getattr(model.config, "quantization_config", None)
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        method = getattr(method, "quant_method", method)
         return cls(
             model=path,
             device=_device_name(model),
             dtype=str(model.dtype).removeprefix("torch."),
-            quantization=None if method is None else str(getattr(method, "value", method)),
+            quantization=quantization_method(model.config),
             results=results,
         )
 
@@ -220,6 +218,14 @@ def _model_dict(report: ModelReport) -> dict[str, Any]:
         "quantization": report.quantization,
         "results": [result.to_dict() for result in report.results],
     }
+
+
+def quantization_method(config: Any) -> str | None:
+    """The ``quant_method`` of a transformers configuration, or None."""
+    quantization = getattr(config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    method = getattr(method, "quant_method", method)
+    return None if method is None else str(getattr(method, "value", method))
 
 
 def _device_name(model: PreTrainedModel) -> str:

@@ -11,7 +11,11 @@ from rrsq.evaluation.tasks import Task, TaskOptions, register_task
 from rrsq.evaluation.text_windows import TextWindows, window_convention
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rrsq.evaluation.perplexity import PerplexityResult, ProgressCallback
+    from rrsq.evaluation.served import ServedModel
 
 __all__ = ["TextPerplexity"]
 
@@ -50,16 +54,30 @@ class TextPerplexity:
     ) -> dict[str, list[TaskResult]]:
         """Measure the perplexity. Raises :class:`UsageError` if a window exceeds the model's context."""
         from rrsq.evaluation.perplexity import perplexity
-        from rrsq.quantizer.calibration.windows import data_fingerprint
 
         windows = self._text.windows(model, tokenizer, options)
-        report = options.on_progress
+        batch_size = options.batch_size or 1
+        result = perplexity(model, windows, batch_size=batch_size, on_progress=_progress(options))
+        return self._measured(result, windows, options)
 
-        def on_progress(done: int, total: int, so_far: float) -> None:
-            if report is not None:
-                report(done, total, f"perplexity {so_far:.2f}")
+    def run_served(
+        self, model: ServedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions
+    ) -> dict[str, list[TaskResult]]:
+        """The same on the same windows, by what an engine says of their tokens' probabilities."""
+        from rrsq.evaluation.perplexity import perplexity_by
+        from rrsq.runtime.format.loading import check_token_range
 
-        result = perplexity(model, windows, batch_size=options.batch_size or 1, on_progress=on_progress)
+        windows = self._text.windows(model, tokenizer, options)
+        engine = model.engine(options.sequence_length + 1)
+        check_token_range(windows, engine.vocabulary)
+        result = perplexity_by(engine.log_probabilities, windows, on_progress=_progress(options))
+        return self._measured(result, windows, options)
+
+    def _measured(
+        self, result: PerplexityResult, windows: Tensor, options: TaskOptions
+    ) -> dict[str, list[TaskResult]]:
+        from rrsq.quantizer.calibration.windows import data_fingerprint
+
         measured = TaskResult(
             task=self.name,
             metrics=(Metric("perplexity", result.perplexity, higher_is_better=False),),
@@ -70,6 +88,17 @@ class TextPerplexity:
             details=asdict(result),
         )
         return {self.name: [measured]}
+
+
+def _progress(options: TaskOptions) -> ProgressCallback:
+    """Reports the windows done with the perplexity so far."""
+    report = options.on_progress
+
+    def on_progress(done: int, total: int, so_far: float) -> None:
+        if report is not None:
+            report(done, total, f"perplexity {so_far:.2f}")
+
+    return on_progress
 
 
 @register_task("wikitext2")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rrsq.evaluation.served import ServedModel
     from rrsq.evaluation.tasks import TaskOptions
 
 __all__ = ["TextWindows", "window_convention"]
@@ -43,7 +44,10 @@ class TextWindows:
         return digest.hexdigest()
 
     def windows(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions
+        self,
+        model: PreTrainedModel | ServedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        options: TaskOptions,
     ) -> Tensor:
         """int64 ``[n, sequence_length]``. Raises :class:`UsageError` if that exceeds the model's context."""
         from rrsq.quantizer.calibration.windows import evaluation_windows

@@ -14,11 +14,18 @@ from pathlib import Path
 from ..errors import ModelLoadError, UsageError
 from ..runtime.format.format import parse_info
 from ..runtime.format.json_files import read_config
-from ..runtime.format.loading import is_checkpoint, load_config
+from ..runtime.format.loading import is_checkpoint, load_config, locate_model
 from ..runtime.format.validate import check_description, check_layers
 from .limits import check_servable
 
-__all__ = ["TESTED_VERSION", "Launch", "check_checkpoint", "check_installation", "plan_launch"]
+__all__ = [
+    "TESTED_VERSION",
+    "Launch",
+    "check_checkpoint",
+    "check_installation",
+    "engine_environment",
+    "plan_launch",
+]
 
 TESTED_VERSION = "0.26"
 """The releases of vLLM that the plugin is tested with; ``pyproject.toml`` asks for the same."""
@@ -51,6 +58,7 @@ def check_checkpoint(path: str, tensor_parallel_size: int) -> None:
         CheckpointError: it is damaged, incomplete, or of another format version.
         UsageError: it cannot be served, or not by so many processes.
     """
+    locate_model(path)  # Says what is wrong with a path.
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ModelLoadError(f"'{path}' is no checkpoint: there is no config.json in it.")
@@ -107,9 +115,13 @@ def plan_launch(path: str, tensor_parallel_size: int = 1, options: Sequence[str]
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", path]
     if tensor_parallel_size > 1:
         command += ["--tensor-parallel-size", str(tensor_parallel_size)]
-    environment = {}
+    kept = {name: value for name, value in engine_environment().items() if name not in os.environ}
+    return Launch((*command, *options), kept)
+
+
+def engine_environment() -> dict[str, str]:
+    """Variables that vLLM needs for a checkpoint, however it is started; those of the user's own win."""
     if importlib.util.find_spec("flashinfer") is None:
         # vLLM takes it to be there, as its own requirements say, and would fail to import it.
-        environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-    kept = {name: value for name, value in environment.items() if name not in os.environ}
-    return Launch((*command, *options), kept)
+        return {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    return {}

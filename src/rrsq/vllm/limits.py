@@ -32,6 +32,11 @@ def check_servable(config: Any, info: CheckpointInfo, tensor_parallel_size: int 
         _check_smoothing(activations)
     family = family_for(config)
     sizes = family.sizes(config)
+    if sizes.heads % tensor_parallel_size:
+        raise UsageError(
+            f"The model has {sizes.heads} attention heads, which {tensor_parallel_size} processes cannot"
+            " share evenly. Use a --tensor-parallel-size that divides them."
+        )
     rotations = info.rotation.rotations()
     channels = {"o": (sizes.heads * sizes.head_dim,), "down": (sizes.intermediate, *sizes.more_intermediate)}
     for index in range(sizes.layers):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rrsq.evaluation.harness.catalogue import PreparedTasks
+    from rrsq.evaluation.served import ServedModel
 
 __all__ = ["HarnessTasks"]
 
@@ -94,6 +95,17 @@ class HarnessTasks:
         from rrsq.evaluation.harness.read import read_results
 
         return read_results(document, prepared, options, seconds)
+
+    def run_served(
+        self, model: ServedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions
+    ) -> dict[str, list[TaskResult]]:
+        """The same through lm-eval's own model of the engine, which has its own tokenizer and batches."""
+        from rrsq.evaluation.harness.read import read_results
+
+        started = time.perf_counter()
+        with _quiet():
+            document = self._evaluate(model.language_model(), options)
+        return read_results(document, self._ready(), options, time.perf_counter() - started)
 
     def _evaluate(self, lm: Any, options: TaskOptions) -> dict[str, Any]:
         """Run lm-eval with its own seeds; its ``simple_evaluate`` would also ask git, pip and the Hub."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_token_ids",
+    "check_token_range",
     "first_line",
     "is_checkpoint",
     "load_config",
@@ -40,7 +41,11 @@ def locate_model(path: str, data_root: Path | str | None = None) -> tuple[str, d
     Raises:
         ModelLoadError: a local path that does not exist or holds no model.
     """
-    local = Path(path).expanduser()
+    try:
+        local = Path(path).expanduser()
+        local.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # Too long, or the home of nobody.
+        raise ModelLoadError(f"'{path:.100}' is no path of a model: {first_line(error):.100}.") from error
     if local.suffix.lower() == ".gguf":
         if not local.is_file():
             raise ModelLoadError(f"There is no GGUF file '{path}'.")
@@ -161,7 +166,11 @@ def check_token_ids(model: Any, token_ids: Tensor) -> None:
     Raises:
         DataError: there is one, so that the tokenizer is not the model's.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    check_token_range(token_ids, model.get_input_embeddings().weight.shape[0])
+
+
+def check_token_range(token_ids: Tensor, rows: int) -> None:
+    """The same for a model that knows so many tokens."""
     if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < rows:
         raise DataError(
             f"The tokenizer gives token numbers up to {int(token_ids.max())}, and the model knows {rows}"
