@@ -24,11 +24,13 @@ def load(path: str, *, device: str = "auto", dtype: str = "auto", **kwargs: Any)
 
     Args:
         path: checkpoint folder or Hub id.
-        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``; not with ``device_map``.
         dtype: dtype of what is not quantized: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
-        kwargs: passed on to ``from_pretrained``.
+        kwargs: passed on to ``from_pretrained``. With ``device_map`` the model is spread over devices, and
+            what does not fit is offloaded, packed weights included (``offload_buffers=True``).
 
     Raises:
+        UsageError: both ``device`` and ``device_map`` are given.
         RRSQError: the folder does not exist, is damaged or of an unknown format.
     """
     from .runtime.format.loading import load_model

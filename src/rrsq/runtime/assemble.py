@@ -147,6 +147,8 @@ def settle(model: nn.Module) -> None:
             module.input_quantizer.rotation.follow(module.weight_packed.device)
         elif isinstance(module, RotatedLinear):
             module.rotation.follow(module.weight.device)
+        elif isinstance(module, KVQuantizer) and module.rotary is not None and module.keys.offset is not None:
+            module.rotary.follow(module.keys.offset.device)
 
 
 def key_rotary(model: nn.Module, family: ModelFamily, index: int) -> KeyRotary | None:
@@ -155,13 +157,8 @@ def key_rotary(model: nn.Module, family: ModelFamily, index: int) -> KeyRotary |
         return None
     config: Any = model.config
     text = config.get_text_config()
-    rope, options = getattr(text, "rope_parameters", None) or {}, {}
-    if family.rotary_by_layer_type:
-        options["layer_type"] = text.layer_types[index]
-        rope = rope[options["layer_type"]]
-    long = rope.get("rope_type") == "longrope"
-    switch = rope["original_max_position_embeddings"] if long else None
-    return KeyRotary(model.get_submodule(family.rotary), switch, **options)
+    layer_type = text.layer_types[index] if family.rotary_by_layer_type else None
+    return KeyRotary.of(type(model.get_submodule(family.rotary)), text, layer_type)
 
 
 def attach_kv_quantizer(

@@ -130,9 +130,9 @@ def test_keys_of_short_and_long_texts_keep_their_angles() -> None:
         },
     )
     rotary = Phi3RotaryEmbedding(config)
-    quantizer = KVQuantizer(
-        CacheScheme(8, HEAD_DIM, False, False, True), EIGHT_BITS, HEADS, HEAD_DIM, KeyRotary(rotary, switch=8)
-    )
+    scheme = CacheScheme(8, HEAD_DIM, False, False, True)
+    key_rotary = KeyRotary.of(Phi3RotaryEmbedding, config)
+    quantizer = KVQuantizer(scheme, EIGHT_BITS, HEADS, HEAD_DIM, key_rotary)
     offset = 30 * torch.randn(HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(3))
     assert quantizer.keys.offset is not None
     quantizer.keys.offset.copy_(offset)

@@ -69,6 +69,10 @@ class CacheTensorQuantizer(nn.Module):
             self.offset = offset.to(self.offset.device)
         return module
 
+    def forward(self) -> Tensor | None:
+        """The offset, where the model runs: a call brings it there from where accelerate has offloaded it."""
+        return self.offset
+
     def set_bits(self, bits: int) -> None:
         """Store ``bits`` a code from now on."""
         self.scheme = replace(self.scheme, bits=bits)
@@ -127,7 +131,7 @@ class KVQuantizer(nn.Module):
         if self.rotary is not None:
             positions = self.rotary.mark(positions)
         keys = keys.float() - self._key_offset(keys, positions)
-        values = values.float() - self._value_offset()
+        values = values.float() - self._value_offset(values)
         stored = {f"key_{name}": tensor for name, tensor in self.keys.encode(keys).items()}
         stored.update({f"value_{name}": tensor for name, tensor in self.values.encode(values).items()})
         if self.keys.offset is not None and self.rotary is not None:
@@ -138,20 +142,23 @@ class KVQuantizer(nn.Module):
         """Keys and values ``[batch, kv_heads, tokens, head_dim]`` that the stored tensors stand for."""
         keys = self.keys.decode(_part(stored, "key_"))
         keys = keys + self._key_offset(keys, stored.get("positions"))
-        values = self.values.decode(_part(stored, "value_")) + self._value_offset()
+        values = self.values.decode(_part(stored, "value_"))
+        values = values + self._value_offset(values)
         return keys.to(dtype), values.to(dtype)
 
     def _key_offset(self, keys: Tensor, positions: Tensor | None) -> Tensor | float:
-        if self.keys.offset is None:
+        offset = self.keys()
+        if offset is None:
             return 0.0
-        offset = self.keys.offset.to(keys.device)[None, :, None, :]
+        offset = offset.to(keys.device)[None, :, None, :]
         if self.rotary is None:
             return offset
         assert positions is not None
         return self.rotary.apply(offset, positions)
 
-    def _value_offset(self) -> Tensor | float:
-        return 0.0 if self.values.offset is None else self.values.offset[None, :, None, :]
+    def _value_offset(self, values: Tensor) -> Tensor | float:
+        offset = self.values()
+        return 0.0 if offset is None else offset.to(values.device)[None, :, None, :]
 
     def _before_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
