@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import rrsq
 from rrsq.errors import UsageError
+from rrsq.runtime.modules.linear import FusedLinears, PackedWeight
 from tiny_quantized import logits_of, random_tokens
 
 TOKENS = random_tokens(2, 12)
@@ -52,6 +53,12 @@ def test_dispatched_to_the_disk(qwen2_checkpoint: Path, loaded: Any, tmp_path: P
     dispatch_model(model, LAYERS_ON_DISK, offload_dir=str(tmp_path), offload_buffers=True)
     assert {tensor.device.type for tensor in packed(model)} == {"cpu", "meta"}
     assert_works_like(model, loaded)
+    for module in model.model.layers[1].modules():  # Nothing of an offloaded weight is kept.
+        if isinstance(module, PackedWeight):
+            assert module._operand is None
+            assert not module._runs
+        elif isinstance(module, FusedLinears):
+            assert module._joined is None
 
 
 @pytest.mark.parametrize("through", ["rrsq", "transformers"])
