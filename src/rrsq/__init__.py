@@ -1,14 +1,14 @@
 """rrsq: real INT4 weights, activations and KV cache for Hugging Face LLMs, with Rotated Runtime Smooth.
 
-``import rrsq`` lets ``transformers.AutoModelForCausalLM.from_pretrained`` load rrsq checkpoints; it imports
-neither torch nor transformers itself.
+``import rrsq`` lets ``transformers.AutoModelForCausalLM.from_pretrained`` load rrsq checkpoints, and PEFT
+train LoRA adapters beside them; it imports none of torch, transformers and PEFT itself.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._register import register_with_transformers
+from ._register import register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "load"]
 __version__ = "0.1.0"
 
-register_with_transformers()
+register()
 
 
 def load(path: str, *, device: str = "auto", dtype: str = "auto", **kwargs: Any) -> PreTrainedModel:
