@@ -153,10 +153,10 @@ def settle(model: nn.Module) -> None:
 
 def key_rotary(model: nn.Module, family: ModelFamily, index: int) -> KeyRotary | None:
     """RoPE as the attention of one layer applies it, or None where there is none."""
-    if family.rotary is None:
-        return None
     config: Any = model.config
     text = config.get_text_config()
+    if family.rotary is None or not family.rotates_keys(text, index):
+        return None
     layer_type = text.layer_types[index] if family.rotary_by_layer_type else None
     return KeyRotary.of(type(model.get_submodule(family.rotary)), text, layer_type)
 
