@@ -121,10 +121,8 @@ def test_inputs_are_found_by_name_and_cover_every_linear() -> None:
 
 def test_layers_without_rope_are_read_off_the_configuration() -> None:
     layers = range(4)
-    hybrid, plain = (
-        Exaone4Config(num_hidden_layers=4),
-        Exaone4Config(num_hidden_layers=4, sliding_window=None),
-    )
+    hybrid = Exaone4Config(num_hidden_layers=4)
+    plain = Exaone4Config(num_hidden_layers=4, sliding_window=None, layer_types=["full_attention"] * 4)
     smollm3 = SmolLM3Config(num_hidden_layers=4, no_rope_layer_interval=2)
     rotates = {
         name: [family_for(config).rotates_keys(config, index) for index in layers]
