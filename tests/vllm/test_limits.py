@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from servable import SERVABLE, llama
-from transformers import GraniteConfig
+from transformers import Starcoder2Config
 
 from rrsq.errors import UsageError
 from rrsq.models import families, family_for
@@ -43,8 +43,8 @@ def test_scales_shared_by_tokens(scope: str) -> None:
 
 
 def test_a_family_that_was_not_tried() -> None:
-    with pytest.raises(UsageError, match="GraniteForCausalLM have not been shown"):
-        check([], config=GraniteConfig())
+    with pytest.raises(UsageError, match="Starcoder2ForCausalLM have not been shown"):
+        check([], config=Starcoder2Config())
 
 
 def test_all_other_families_are_tried() -> None:

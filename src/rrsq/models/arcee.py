@@ -19,5 +19,4 @@ ARCEE = ModelFamily(
     public={
         "AFM-4.5B": ModelSizes(2560, 18432, 20, 4, 128, 36),
     },
-    served=False,
 )

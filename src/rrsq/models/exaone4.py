@@ -27,5 +27,4 @@ EXAONE4 = ModelFamily(
         "EXAONE-4.0-1.2B": ModelSizes(2048, 4096, 32, 8, 64, 30),
         "EXAONE-4.0-32B": ModelSizes(5120, 27392, 40, 8, 128, 64),
     },
-    served=False,
 )

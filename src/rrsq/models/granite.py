@@ -16,5 +16,4 @@ GRANITE = ModelFamily(
         "Granite-3.3-2B": ModelSizes(2048, 8192, 32, 8, 64, 40),
         "Granite-3.3-8B": ModelSizes(4096, 12800, 32, 8, 128, 40),
     },
-    served=False,
 )

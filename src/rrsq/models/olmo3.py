@@ -17,5 +17,4 @@ OLMO3 = ModelFamily(
         "OLMo-3-7B": ModelSizes(4096, 11008, 32, 32, 128, 32),
         "OLMo-3-32B": ModelSizes(5120, 27648, 40, 8, 128, 64),
     },
-    served=False,
 )

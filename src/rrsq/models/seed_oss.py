@@ -15,5 +15,4 @@ SEED_OSS = ModelFamily(
     public={
         "Seed-OSS-36B": ModelSizes(5120, 27648, 80, 8, 128, 64),
     },
-    served=False,
 )

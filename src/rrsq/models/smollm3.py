@@ -16,5 +16,4 @@ SMOLLM3 = ModelFamily(
     public={
         "SmolLM3-3B": ModelSizes(2048, 11008, 16, 4, 128, 36),
     },
-    served=False,
 )
