@@ -7,15 +7,19 @@ from typing import Any
 
 import torch
 from transformers import (
+    ArceeConfig,
     AutoModelForCausalLM,
+    Exaone4Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
+    Olmo3Config,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
@@ -23,6 +27,9 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 from tiny_quantized import VOCABULARY_SIZE
@@ -146,6 +153,50 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
         eoi_token_index=VOCABULARY_SIZE - 1,
     ),
     "olmo2": lambda: Olmo2Config(**{**LLAMA_LIKE, "hidden_size": 56}, attention_bias=True),
+    "olmo3": lambda: Olmo3Config(
+        **{**LLAMA_LIKE, "hidden_size": 56, "num_hidden_layers": 3},
+        attention_bias=True,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        rope_parameters={name: dict(rope) for name, rope in GEMMA3_ROPE.items()},
+    ),
+    "exaone4": lambda: Exaone4Config(
+        **{**LLAMA_LIKE, "num_hidden_layers": 3},
+        head_dim=12,
+        sliding_window=WINDOW,
+        sliding_window_pattern=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "granite": lambda: GraniteConfig(
+        **{**LLAMA_LIKE, "hidden_size": 56},
+        attention_bias=True,
+        mlp_bias=True,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.7,
+        logits_scaling=1.5,
+        tie_word_embeddings=True,
+    ),
+    "seed_oss": lambda: SeedOssConfig(
+        **LLAMA_LIKE, head_dim=20, attention_bias=True, attention_out_bias=True, mlp_bias=True
+    ),
+    "smollm3": lambda: SmolLM3Config(
+        **{**LLAMA_LIKE, "hidden_size": 56, "num_hidden_layers": 3},
+        attention_bias=True,
+        mlp_bias=True,
+        no_rope_layers=[1, 0, 1],
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        tie_word_embeddings=True,
+    ),
+    "arcee": lambda: ArceeConfig(**LLAMA_LIKE, head_dim=20, attention_bias=True, mlp_bias=True),
+    "starcoder2": lambda: Starcoder2Config(
+        **{**LLAMA_LIKE, "hidden_size": 56},
+        sliding_window=WINDOW,
+        use_bias=True,
+        residual_dropout=0.1,
+        embedding_dropout=0.1,
+    ),
     "opt": lambda: OPTConfig(
         **{key: value for key, value in COMMON.items() if key != "initializer_range"},
         init_std=0.1,

@@ -1,14 +1,14 @@
 """rrsq: real INT4 weights, activations and KV cache for Hugging Face LLMs, with Rotated Runtime Smooth.
 
-``import rrsq`` lets ``transformers.AutoModelForCausalLM.from_pretrained`` load rrsq checkpoints; it imports
-neither torch nor transformers itself.
+``import rrsq`` lets ``transformers.AutoModelForCausalLM.from_pretrained`` load rrsq checkpoints, and PEFT
+train LoRA adapters beside them; it imports none of torch, transformers and PEFT itself.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._register import register_with_transformers
+from ._register import register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "load"]
 __version__ = "0.1.0"
 
-register_with_transformers()
+register()
 
 
 def load(path: str, *, device: str = "auto", dtype: str = "auto", **kwargs: Any) -> PreTrainedModel:
@@ -24,11 +24,13 @@ def load(path: str, *, device: str = "auto", dtype: str = "auto", **kwargs: Any)
 
     Args:
         path: checkpoint folder or Hub id.
-        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``; not with ``device_map``.
         dtype: dtype of what is not quantized: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
-        kwargs: passed on to ``from_pretrained``.
+        kwargs: passed on to ``from_pretrained``. With ``device_map`` the model is spread over devices, and
+            what does not fit is offloaded, packed weights included (``offload_buffers=True``).
 
     Raises:
+        UsageError: both ``device`` and ``device_map`` are given.
         RRSQError: the folder does not exist, is damaged or of an unknown format.
     """
     from .runtime.format.loading import load_model

@@ -25,7 +25,7 @@ def main() -> None:
         sys.exit(2)
     from lm_eval.__main__ import cli_evaluate
 
-    rrsq.register_with_transformers()
+    rrsq.register()
     cli_evaluate()
 
 

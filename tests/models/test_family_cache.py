@@ -24,6 +24,10 @@ SLIDING = {
     "gemma2": [0, 2],
     "gemma3": [0, 1],
     "gemma3_text": [0, 1],
+    "olmo3": [0, 1],
+    "exaone4": [0, 2],
+    "smollm3": [1],
+    "starcoder2": [0, 1],
 }
 
 
@@ -119,3 +123,23 @@ def test_key_offsets_are_means_of_what_enters_rope(name: str, monkeypatch: pytes
     torch.testing.assert_close(offset.double(), expected, rtol=1e-4, atol=1e-5)
     # RoPE moves them, so that these would be others.
     assert float(expected.abs().max()) > 0.01
+
+
+@pytest.mark.parametrize(("name", "norm"), [("smollm3", None), ("exaone4", "k_norm")])
+def test_a_layer_without_rope_has_the_means_of_its_keys(name: str, norm: str | None) -> None:
+    """Its cache knows no angles, and its neighbours' do."""
+    windows = random_tokens(3, LENGTH, seed=1)
+    quantized = quantize_model(
+        tiny_model(name), recipe_of("w16a16kv4"), windows, stream_dtype=torch.float32
+    ).model
+    attention = [layer.self_attn for layer in quantized.model.layers]
+    assert [layer.kv_quantizer.rotary is None for layer in attention] == [False, True, False]
+    seen: list[Tensor] = []
+    last = attention[1].get_submodule(norm) if norm else attention[1].k_proj
+    last.register_forward_hook(lambda module, args, out: seen.append(out))
+    logits_of(quantized, windows, use_cache=False)
+    keys = seen[0].view(*windows.shape, 2, -1) if norm is None else seen[0].transpose(1, 2)
+    expected = keys.double().mean((0, 1))
+    offset = attention[1].kv_quantizer.keys.offset.double()
+    # Of keys that the layer before, with its cache in 4 bits, moves a little.
+    assert float((offset - expected).norm() / expected.norm()) < 0.1

@@ -53,7 +53,7 @@ def test_inputs_are_rotated_online_where_the_residual_stream_cannot_be(name: str
     family = family_for(model.config)
     sizes = family.sizes(model.config)
     rotations = make_rotations(ROTATIONS["residual"], sizes, 0, folds_residual=family.folds_residual)
-    after_norms = name in ("gemma2", "gemma3", "gemma3_text", "olmo2")
+    after_norms = name in ("gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "exaone4")
     assert (rotations.residual is None) == (rotations.residual_online is not None) == after_norms
     rotate_model(model, family, rotations, sizes)
     for layer in model.get_submodule(family.layers):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import transformers
 from transformers import (
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -20,6 +21,7 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen2MoeConfig,
+    SmolLM3Config,
 )
 
 from rrsq.errors import UnsupportedArchitectureError
@@ -115,3 +117,17 @@ def test_inputs_are_found_by_name_and_cover_every_linear() -> None:
     ]
     linears = [name for entry in family.inputs for name in entry.linears]
     assert len(linears) == len(set(linears)) == 7
+
+
+def test_layers_without_rope_are_read_off_the_configuration() -> None:
+    layers = range(4)
+    hybrid = Exaone4Config(num_hidden_layers=4)
+    plain = Exaone4Config(num_hidden_layers=4, sliding_window=None, layer_types=["full_attention"] * 4)
+    smollm3 = SmolLM3Config(num_hidden_layers=4, no_rope_layer_interval=2)
+    rotates = {
+        name: [family_for(config).rotates_keys(config, index) for index in layers]
+        for name, config in (("hybrid", hybrid), ("plain", plain), ("smollm3", smollm3))
+    }
+    assert rotates["hybrid"] == [True, True, True, False]
+    assert rotates["plain"] == [True] * 4
+    assert rotates["smollm3"] == [True, False, True, False]

@@ -10,13 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import (
+    ArceeConfig,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
+    Olmo3Config,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
@@ -24,6 +28,8 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
 )
 
 from tiny_families import COMMON, GEMMA3_ROPE, LLAMA3_ROPE
@@ -75,6 +81,22 @@ DENSE: dict[str, Callable[[], PretrainedConfig]] = {
         rope_parameters={name: dict(rope) for name, rope in GEMMA3_ROPE.items()},
     ),
     "olmo2": lambda: Olmo2Config(**{**SIZES, "num_key_value_heads": 4}),
+    "granite": lambda: GraniteConfig(
+        **SIZES,
+        attention_multiplier=0.2,
+        residual_multiplier=0.7,
+        embedding_multiplier=3.0,
+        logits_scaling=1.5,
+    ),
+    "seed_oss": lambda: SeedOssConfig(**SIZES, head_dim=12, attention_bias=True),
+    "arcee": lambda: ArceeConfig(**SIZES, head_dim=12),
+    "smollm3": lambda: SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
+    "exaone4": lambda: Exaone4Config(**SIZES, head_dim=12, sliding_window=8, sliding_window_pattern=2),
+    "olmo3": lambda: Olmo3Config(
+        **{**SIZES, "num_key_value_heads": 4},
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "opt": lambda: OPTConfig(
         **{key: value for key, value in COMMON.items() if key != "initializer_range"},
         init_std=0.1,

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from servable import SERVABLE, llama
+from transformers import Starcoder2Config
 
 from rrsq.errors import UsageError
-from rrsq.models import family_for
+from rrsq.models import families, family_for
 from rrsq.recipe import Recipe
 from rrsq.runtime.format.format import CheckpointInfo, RotationInfo
 from rrsq.runtime.rotation.rotations import make_rotations
@@ -39,6 +40,16 @@ def smoothing(**fields: str) -> str:
 def test_scales_shared_by_tokens(scope: str) -> None:
     with pytest.raises(UsageError, match=f"share scales over a {scope}.*scope: token"):
         check([smoothing(scope=scope)])
+
+
+def test_a_family_that_was_not_tried() -> None:
+    with pytest.raises(UsageError, match="Starcoder2ForCausalLM have not been shown"):
+        check([], config=Starcoder2Config())
+
+
+def test_all_other_families_are_tried() -> None:
+    served = {family.model_type for family in families() if family.served}
+    assert served == {*SERVABLE, "gemma3"}
 
 
 def test_the_published_recipe() -> None:

@@ -125,6 +125,7 @@ class ModelFamily:
         positions: module path of a learned position embedding that is added to ``embedding``, or None.
         rotary: module path of the rotary embedding, or None where keys are not rotated.
         rotary_by_layer_type: the rotary embedding takes the layer's entry of ``config.layer_types``.
+        rotates_keys: whether the attention of a layer applies RoPE, of a configuration and the layer's index.
         attention: module path of the attention from the decoder layer.
         value: name of the projection in the attention whose last ``kv_heads * head_dim`` rows make values:
             ``v_proj``, or a fused one.
@@ -132,6 +133,7 @@ class ModelFamily:
         more_intermediate: further sizes of MLPs that a configuration asks for, such as those of experts.
         not_covered: says of a configuration why the family does not cover it, or returns None.
         public: sizes of public models, for the documentation.
+        served: whether checkpoints have been shown to give the same in vLLM; they are refused there if not.
         tested_on: public checkpoints or packages the family was run on.
     """
 
@@ -146,12 +148,14 @@ class ModelFamily:
     head: str = "lm_head"
     rotary: str | None = "model.rotary_emb"
     rotary_by_layer_type: bool = False
+    rotates_keys: Callable[[Any, int], bool] = lambda config, index: True
     attention: str = "self_attn"
     value: str = "v_proj"
     intermediate_size: str = "intermediate_size"
     more_intermediate: Callable[[Any], tuple[int, ...]] = lambda config: ()
     not_covered: Callable[[Any], str | None] = lambda config: None
     public: Mapping[str, ModelSizes] = field(default_factory=dict)
+    served: bool = True
     tested_on: tuple[str, ...] = ()
 
     @property

@@ -5,20 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UnsupportedArchitectureError
+from .arcee import ARCEE
+from .exaone4 import EXAONE4
 from .family import ModelFamily
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
 from .gemma3 import GEMMA3, GEMMA3_TEXT
+from .granite import GRANITE
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
 from .olmo2 import OLMO2
+from .olmo3 import OLMO3
 from .opt import OPT
 from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
+from .seed_oss import SEED_OSS
+from .smollm3 import SMOLLM3
+from .starcoder2 import STARCODER2
 
 __all__ = ["families", "family_for", "register_family"]
 
@@ -57,20 +64,27 @@ def family_for(config: Any) -> ModelFamily:
 
 
 _ALL = (
+    ARCEE,
+    EXAONE4,
     GEMMA,
     GEMMA2,
     GEMMA3,
     GEMMA3_TEXT,
+    GRANITE,
     LLAMA,
     MISTRAL,
     MIXTRAL,
     OLMO2,
+    OLMO3,
     OPT,
     PHI3,
     QWEN2,
     QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
+    SEED_OSS,
+    SMOLLM3,
+    STARCODER2,
 )
 for _family in _ALL:
     register_family(_family)

@@ -147,21 +147,18 @@ def settle(model: nn.Module) -> None:
             module.input_quantizer.rotation.follow(module.weight_packed.device)
         elif isinstance(module, RotatedLinear):
             module.rotation.follow(module.weight.device)
+        elif isinstance(module, KVQuantizer) and module.rotary is not None and module.keys.offset is not None:
+            module.rotary.follow(module.keys.offset.device)
 
 
 def key_rotary(model: nn.Module, family: ModelFamily, index: int) -> KeyRotary | None:
     """RoPE as the attention of one layer applies it, or None where there is none."""
-    if family.rotary is None:
-        return None
     config: Any = model.config
     text = config.get_text_config()
-    rope, options = getattr(text, "rope_parameters", None) or {}, {}
-    if family.rotary_by_layer_type:
-        options["layer_type"] = text.layer_types[index]
-        rope = rope[options["layer_type"]]
-    kind = rope.get("rope_type")
-    switch = rope["original_max_position_embeddings"] if kind == "longrope" else None
-    return KeyRotary(model.get_submodule(family.rotary), switch, fixed=kind != "dynamic", **options)
+    if family.rotary is None or not family.rotates_keys(text, index):
+        return None
+    layer_type = text.layer_types[index] if family.rotary_by_layer_type else None
+    return KeyRotary.of(type(model.get_submodule(family.rotary)), text, layer_type)
 
 
 def attach_kv_quantizer(

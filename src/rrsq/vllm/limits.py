@@ -28,9 +28,14 @@ def check_servable(config: Any, info: CheckpointInfo, tensor_parallel_size: int 
     Raises:
         UsageError: with the reason and what to do.
     """
+    family = family_for(config)
+    if not family.served:
+        raise UsageError(
+            f"Checkpoints of {family.architecture} have not been shown to give the same in vLLM, and are not"
+            " served. They run in transformers (rrsq generate, rrsq.load)."
+        )
     for _, activations in sections(info.recipe):
         _check_smoothing(activations)
-    family = family_for(config)
     sizes = family.sizes(config)
     if sizes.heads % tensor_parallel_size:
         raise UsageError(

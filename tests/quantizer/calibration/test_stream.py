@@ -147,7 +147,8 @@ def test_means_are_those_of_the_projections(folder: Path) -> None:
     model = load(folder)
     hidden = stream(model, random_tokens(5, 24))
     layer = model.model.layers[0]
-    with collect_cache_means(layer.self_attn, KeyRotary(model.model.rotary_emb)) as means:
+    rotary = KeyRotary.of(type(model.model.rotary_emb), model.config)
+    with collect_cache_means(layer.self_attn, rotary) as means:
         hidden.observe(layer)
     x = layer.input_layernorm(torch.cat(hidden.batches)).reshape(120, -1).double()
     for name, linear in (("key", layer.self_attn.k_proj), ("value", layer.self_attn.v_proj)):

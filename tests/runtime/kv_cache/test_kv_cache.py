@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -25,14 +25,14 @@ HEADS, HEAD_DIM = 2, 16
 ONLY_CACHE = ["activations.bits=16", "weights.group_size=2", "weights.method=rtn"]
 
 
-class Rotary(nn.Module):
-    """Rotary angles as Llama computes them."""
+FREQUENCY = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float32) / HEAD_DIM)
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        frequency = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float32) / HEAD_DIM)
-        angle = position_ids[..., None].float() * frequency
-        angle = torch.cat((angle, angle), dim=-1)
-        return angle.cos(), angle.sin()
+
+def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines as Llama computes them."""
+    angle = positions[..., None].float() * FREQUENCY
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
 
 
 def make_quantizer(
@@ -43,7 +43,7 @@ def make_quantizer(
         values or CacheScheme(4, HEAD_DIM, False, False, offsets),
         HEADS,
         HEAD_DIM,
-        KeyRotary(Rotary()),
+        KeyRotary(FREQUENCY),
     )
     generator = torch.Generator().manual_seed(7)
     for tensor in (quantizer.keys, quantizer.values):
@@ -135,7 +135,7 @@ def test_a_key_offset_is_put_back_at_its_position(padding: int) -> None:
     quantizer = make_quantizer(keys=CacheScheme(8, HEAD_DIM, False, False, True))
     keys, values = states(tokens=6)
     positions = (torch.arange(6) - padding).clamp_min(0).expand(2, 6)
-    cos, sin = Rotary()(keys, positions)
+    cos, sin = angles(positions)
     assert quantizer.keys.offset is not None
     offset = quantizer.keys.offset[None, :, None, :].expand_as(keys)
     rotated, _ = apply_rotary_pos_emb(keys + offset, keys, cos, sin)

@@ -130,9 +130,9 @@ def test_keys_of_short_and_long_texts_keep_their_angles() -> None:
         },
     )
     rotary = Phi3RotaryEmbedding(config)
-    quantizer = KVQuantizer(
-        CacheScheme(8, HEAD_DIM, False, False, True), EIGHT_BITS, HEADS, HEAD_DIM, KeyRotary(rotary, switch=8)
-    )
+    scheme = CacheScheme(8, HEAD_DIM, False, False, True)
+    key_rotary = KeyRotary.of(Phi3RotaryEmbedding, config)
+    quantizer = KVQuantizer(scheme, EIGHT_BITS, HEADS, HEAD_DIM, key_rotary)
     offset = 30 * torch.randn(HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(3))
     assert quantizer.keys.offset is not None
     quantizer.keys.offset.copy_(offset)
@@ -151,3 +151,14 @@ def test_keys_of_short_and_long_texts_keep_their_angles() -> None:
         assert float((stored - exact).abs().max()) < 0.05
     unlike = rotary(keys, torch.arange(8)[None])[0], rotary(keys, torch.arange(9)[None])[0][:, :8]
     assert float((unlike[0] - unlike[1]).abs().max()) > 0.5
+
+
+def test_gradients_reach_the_new_tokens_of_a_window() -> None:
+    layer = sliding_layer()
+    layer.update(*states(7))
+    keys, values = (tensor.requires_grad_() for tensor in states(3, seed=1))
+    stored = layer.update(keys, values)
+    grad = torch.randn(stored[0].shape, generator=torch.Generator().manual_seed(2))
+    torch.autograd.backward(stored, (grad, 2 * grad))
+    assert torch.equal(keys.grad, grad[..., -3:, :])
+    assert torch.equal(values.grad, 2 * grad[..., -3:, :])

@@ -90,8 +90,8 @@ class RRSQQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Integer weights have no gradients."""
-        return False
+        """Adapters beside the integer weights are: gradients pass through them to what comes before."""
+        return True
 
 
 def assemble_model(model: Any, info: CheckpointInfo) -> nn.Module:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import CheckpointError, DataError, ModelLoadError, RRSQError, StorageError
+from ...errors import CheckpointError, DataError, ModelLoadError, RRSQError, StorageError, UsageError
 from .json_files import read_config, read_json_object
 from .shards import read_shards
 
@@ -107,13 +107,15 @@ def load_model(
 
     Args:
         path: checkpoint, Hugging Face folder, Hub id or ``.gguf`` file.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; not together with ``device_map``.
         dtype: of what is not quantized; ``auto`` takes the configuration's.
         data_root: see :func:`locate_model`.
-        kwargs: passed on to ``from_pretrained``. Only here can code of the model be asked for
-            (``trust_remote_code=True``), or pickled weights (``use_safetensors=False``).
+        kwargs: passed on to ``from_pretrained``, ``device_map`` with ``offload_buffers=True``. Only here can
+            code of the model be asked for (``trust_remote_code=True``), or pickled weights
+            (``use_safetensors=False``).
 
     Raises:
+        UsageError: both ``device`` and ``device_map`` are given.
         ModelLoadError: the model cannot be found, reached or read.
         CheckpointError: a quantized checkpoint is damaged or of an unknown format.
     """
@@ -123,8 +125,14 @@ def load_model(
     name, options = locate_model(path, data_root)
     if "gguf_file" in options and dtype == "auto":
         dtype = "bfloat16"
+    mapped = kwargs.get("device_map") is not None
+    if mapped and device != "auto":
+        raise UsageError(f"device='{device}' and device_map both say where the model goes. Give one of them.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if mapped:
+        # Packed weights are buffers, and shall leave the device as parameters do.
+        kwargs.setdefault("offload_buffers", True)
     _check_files(name, options, "generation_config.json")
     options |= {"trust_remote_code": False, "use_safetensors": True, **kwargs, "output_loading_info": True}
     if options["use_safetensors"] and not kwargs.keys() & _OTHER_FILES:
@@ -138,7 +146,7 @@ def load_model(
         )
     if "gguf_file" in options:
         _forget_gguf(model)
-    return model.to(device).eval()
+    return (model if mapped else model.to(device)).eval()
 
 
 def load_tokenizer(path: str, data_root: Path | str | None = None) -> PreTrainedTokenizerBase:

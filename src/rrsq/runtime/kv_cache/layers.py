@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from .gradient import straight_through
+
 if TYPE_CHECKING:
     from .quantizer import KVQuantizer
 
@@ -36,6 +38,7 @@ class QuantizedCacheLayer(DynamicLayer):
         """Bytes held for all cached tokens."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.stored.values())
 
+    @straight_through
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -122,6 +125,7 @@ class QuantizedSlidingLayer(QuantizedCacheLayer):
         """Keep all tokens until the next :meth:`crop`, so that it can go back (assisted generation)."""
         self.record_past = True
 
+    @straight_through
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -183,6 +187,7 @@ class NoCache:
         self.positions = positions
         self.codes = codes
 
+    @straight_through
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.codes:
             return self.quantizer.round_trip(keys, values, self.positions)

@@ -28,6 +28,8 @@ from transformers.cache_utils import (
 from ... import kernels
 from ...kernels import CachePages, forced_backend
 from ...kernels.cache import decode_cache, encode_cache, page_shapes
+from ..modules.gradient import needs_gradient
+from ..modules.linear import Projections
 from ..rotation.hadamard import orthonormal, plan_hadamard
 from .attention import ATTENTION
 from .layers import NoCache, QuantizedCacheLayer, QuantizedSlidingLayer
@@ -93,6 +95,10 @@ class CacheTensorQuantizer(nn.Module):
         if not self.scheme.rotate:
             return None
         return (_head_rotation(self.head_dim, device) * self.head_dim**0.5).round().to(torch.int8)
+
+    def forward(self) -> Tensor | None:
+        """The offset, where the model runs: a call brings it there from where accelerate has offloaded it."""
+        return self.offset
 
     def set_bits(self, bits: int) -> None:
         """Store ``bits`` a code from now on."""
@@ -239,7 +245,7 @@ class KVQuantizer(nn.Module):
         return made
 
     def _make_constants(self, device: torch.device) -> _Constants:
-        offset = self.keys.offset
+        offset, value_offset = self.keys(), self.values()
         frequencies, scale = None, 1.0
         if offset is not None and self.rotary is not None:
             frequencies, scale = self.rotary.frequencies(device)
@@ -247,7 +253,7 @@ class KVQuantizer(nn.Module):
             self.keys.signs(device),
             self.values.signs(device),
             None if offset is None else offset.to(device),
-            None if self.values.offset is None else self.values.offset.to(device),
+            None if value_offset is None else value_offset.to(device),
             frequencies,
             scale,
         )
@@ -263,7 +269,7 @@ class KVQuantizer(nn.Module):
         """Whether the attention is :mod:`.attention`'s and reads codes on this device."""
         if getattr(self._config, "_attn_implementation", None) != ATTENTION:
             return False
-        if self.rotary is not None and self.keys.offset is not None and not self.rotary.fixed:
+        if self.rotary is not None and self.keys.offset is not None and self.rotary.switch is not None:
             return False
         if self.keys.head_dim % 2 or self.keys.head_dim > 256:
             return False
@@ -287,7 +293,7 @@ class KVQuantizer(nn.Module):
         if self.rotary is not None:
             positions = self.rotary.mark(positions)
         keys = keys.float() - self._key_offset(keys, positions)
-        values = values.float() - self._value_offset()
+        values = values.float() - self._value_offset(values)
         stored = {f"key_{name}": tensor for name, tensor in self.keys.encode(keys).items()}
         stored.update({f"value_{name}": tensor for name, tensor in self.values.encode(values).items()})
         if self.keys.offset is not None and self.rotary is not None:
@@ -298,20 +304,23 @@ class KVQuantizer(nn.Module):
         """Keys and values ``[batch, kv_heads, tokens, head_dim]`` that the stored tensors stand for."""
         keys = self.keys.decode(_part(stored, "key_"))
         keys = keys + self._key_offset(keys, stored.get("positions"))
-        values = self.values.decode(_part(stored, "value_")) + self._value_offset()
+        values = self.values.decode(_part(stored, "value_"))
+        values = values + self._value_offset(values)
         return keys.to(dtype), values.to(dtype)
 
     def _key_offset(self, keys: Tensor, positions: Tensor | None) -> Tensor | float:
-        if self.keys.offset is None:
+        offset = self.keys()
+        if offset is None:
             return 0.0
-        offset = self.keys.offset.to(keys.device)[None, :, None, :]
+        offset = offset.to(keys.device)[None, :, None, :]
         if self.rotary is None:
             return offset
         assert positions is not None
         return self.rotary.apply(offset, positions)
 
-    def _value_offset(self) -> Tensor | float:
-        return 0.0 if self.values.offset is None else self.values.offset[None, :, None, :]
+    def _value_offset(self, values: Tensor) -> Tensor | float:
+        offset = self.values()
+        return 0.0 if offset is None else offset.to(values.device)[None, :, None, :]
 
     def _before_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -319,7 +328,7 @@ class KVQuantizer(nn.Module):
         positions = kwargs.get("position_ids")
         cache = kwargs.get("past_key_values")
         hidden = args[0] if args else kwargs.get("hidden_states")
-        codes = hidden is not None and self.reads_codes(hidden.device)
+        codes = hidden is not None and not _trained(hidden) and self.reads_codes(hidden.device)
         if cache is None:
             return args, {**kwargs, "past_key_values": NoCache(self, positions, codes)}
         layer = self._cache_layer(cache, int(attention.layer_idx), codes)  # type: ignore[arg-type]
@@ -368,6 +377,12 @@ class KVQuantizer(nn.Module):
             " to generate(), or pass an empty DynamicCache.",
             stacklevel=2,
         )
+
+
+def _trained(hidden: Any) -> bool:
+    """Whether the input of an attention, or what stands in its place, wants a gradient."""
+    tensors = hidden.outputs if isinstance(hidden, Projections) else (hidden,)
+    return any(needs_gradient(tensor) for tensor in tensors)
 
 
 def _window(layer: Any) -> int:

@@ -97,8 +97,21 @@ class PackedWeight(nn.Module):
         return kernels.weight_operand(rows, groups).view(*packed.shape[:-1], -1)
 
     def _cpu_operand(self) -> Tensor | None:
-        """The unpacked int8 weight, kept on CPU: unpacking at each call would cost more than the product."""
-        if self._operand is None and self.weight_packed.device.type == "cpu" and not is_compiling():
+        """The unpacked int8 weight, kept on CPU: unpacking at each call would cost more than the product.
+
+        Not before the second call with a weight: one that is offloaded is another tensor in each.
+        """
+        if is_compiling():
+            return self._operand
+        known = self._seen is not None and self._seen() is self.weight_packed
+        if not known:
+            self._forget()
+            self._seen = weakref.ref(self.weight_packed)
+        if self.weight_packed.device.type != "cpu":
+            return None
+        if not known:
+            return self._unpacked()
+        if self._operand is None:
             self._operand = self._unpacked()
         return self._operand
 
@@ -184,9 +197,6 @@ class QuantizedLinear(PackedWeight):
         packed = self.weight_packed
         if self._seen is not None and self._seen() is packed:
             self._prepared_for, self._runs = packed, {}
-        else:
-            self._forget()
-            self._seen = weakref.ref(packed)
         return self._multiply(x)
 
     def _prepare(self, x: Tensor, rows: Tensor) -> Tensor:
