@@ -15,6 +15,8 @@ from rrsq.cli.options import (
     HARDWARE,
     OUTPUT,
     BatchSize,
+    Bos,
+    BosName,
     DataRoot,
     Device,
     DeviceName,
@@ -90,6 +92,7 @@ def evaluate(
             rich_help_panel=DATA,
         ),
     ] = 2048,
+    bos: Bos = BosName.AUTO,
     data_root: DataRoot = None,
     batch_size: BatchSize = "auto",
     device: Device = DeviceName.AUTO,
@@ -130,6 +133,7 @@ def evaluate(
 
     options = TaskOptions(
         sequence_length=sequence_length,
+        bos=bos.value,
         limit=limit,
         batch_size=size,
         num_fewshot=num_fewshot,

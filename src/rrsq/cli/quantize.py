@@ -23,6 +23,8 @@ from rrsq.cli.options import (
     OUTPUT,
     RECIPE,
     Assignments,
+    Bos,
+    BosName,
     CalibrationData,
     DataRoot,
     Device,
@@ -88,6 +90,7 @@ def quantize(
     num_samples: NumSamples = 128,
     sequence_length: SequenceLength = 2048,
     seed: Seed = 0,
+    bos: Bos = BosName.AUTO,
     data_root: DataRoot = None,
     device: Device = DeviceName.AUTO,
     offload_dir: Annotated[
@@ -109,7 +112,9 @@ def quantize(
     from rrsq.recipe import load_recipe
 
     chosen = load_recipe(recipe, assignments or ())
-    text: CalibrationText | Path = CalibrationText(calibration_data, num_samples, sequence_length, seed)
+    text: CalibrationText | Path = CalibrationText(
+        calibration_data, num_samples, sequence_length, seed, bos.value
+    )
     if calibration is not None:
         _refuse_text_options(context)
         text = calibration
@@ -119,7 +124,7 @@ def quantize(
 
 def _refuse_text_options(context: typer.Context) -> None:
     """With a calibration folder no text is run, so options about text would be ignored: say so instead."""
-    for name in ("calibration_data", "num_samples", "sequence_length"):
+    for name in ("calibration_data", "num_samples", "sequence_length", "bos"):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise UsageError(
@@ -156,7 +161,7 @@ def _run(
         check_output(output.folder, overwrite=output.overwrite)
     quiet_libraries()
     device_name = resolve_device(device)
-    check_source(model, data_root)
+    family = check_source(model, data_root)
     calibration = open_calibration(text, recipe, seed) if isinstance(text, Path) else None
     with joined_workers(torch.device(device_name)) as workers:
         first = workers.rank == 0
@@ -164,7 +169,7 @@ def _run(
             bars = QuantizationBars(progress, "tokenizer and calibration text")
             tokenizer = load_tokenizer(model, data_root)
             if not isinstance(text, Path) and needs_calibration(recipe):
-                calibration = load_calibration(tokenizer, text, data_root)
+                calibration = load_calibration(tokenizer, family, text, data_root)
             produced = produce_checkpoint(
                 model,
                 recipe,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rrsq.evaluation.results import Metric, TaskResult
 from rrsq.evaluation.tasks import Task, TaskOptions, register_task
-from rrsq.evaluation.text_windows import TextWindows, window_convention
+from rrsq.evaluation.text_windows import TextWindows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ class TextPerplexity:
         from rrsq.evaluation.perplexity import perplexity
         from rrsq.quantizer.calibration.windows import data_fingerprint
 
-        windows = self._text.windows(model, tokenizer, options)
+        windows, convention = self._text.windows(model, tokenizer, options)
         report = options.on_progress
 
         def on_progress(done: int, total: int, so_far: float) -> None:
@@ -63,8 +63,7 @@ class TextPerplexity:
         measured = TaskResult(
             task=self.name,
             metrics=(Metric("perplexity", result.perplexity, higher_is_better=False),),
-            convention=f"{window_convention(self.source, windows, options)}; exp of the mean negative "
-            "log-likelihood over all predicted tokens.",
+            convention=f"{convention}; exp of the mean negative log-likelihood over all predicted tokens.",
             seconds=result.seconds,
             data_fingerprint=data_fingerprint(windows),
             details=asdict(result),

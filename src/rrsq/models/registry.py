@@ -20,7 +20,7 @@ from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
 
-__all__ = ["families", "family_for", "register_family"]
+__all__ = ["families", "family_for", "needs_bos", "register_family"]
 
 _FAMILIES: dict[str, ModelFamily] = {}
 
@@ -54,6 +54,12 @@ def family_for(config: Any) -> ModelFamily:
     if reason is not None:
         raise UnsupportedArchitectureError(f"This {model_type} model is not supported: {reason}.")
     return family
+
+
+def needs_bos(config: Any) -> bool:
+    """Whether a configuration's family has :attr:`ModelFamily.needs_bos`; of an unknown family, no."""
+    family = _FAMILIES.get(str(getattr(config, "model_type", None)))
+    return family is not None and family.needs_bos
 
 
 _ALL = (
