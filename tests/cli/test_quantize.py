@@ -124,6 +124,10 @@ def test_existing_output_is_kept(checkpoint: Path, tiny_qwen2_dir: Path, tiny_te
         (["--set", "weights.group_size"], "KEY=VALUE"),
         (["--calibration-data", "missing.txt"], "missing.txt"),
         (["--num-samples", "0"], "num-samples"),
+        (
+            ["--max-shard-size", "5 shards", "--calibration-data", "missing.txt"],
+            "--max-shard-size '5 shards'",
+        ),
     ],
 )
 def test_wrong_options(tiny_qwen2_dir: Path, tmp_path: Path, arguments: list[str], expected: str) -> None:

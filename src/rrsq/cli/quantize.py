@@ -108,10 +108,12 @@ def quantize(
     packed. OUT is an ordinary Hugging Face folder that loads with AutoModelForCausalLM once rrsq is imported;
     it appears whole or not at all. A run that was stopped, however it was, goes on with the same command.
     """
+    from rrsq.quantizer.production.output_shards import parse_size
     from rrsq.quantizer.production.produce import CalibrationText, OutputOptions
     from rrsq.recipe import load_recipe
 
     chosen = load_recipe(recipe, assignments or ())
+    parse_size(max_shard_size)
     text: CalibrationText | Path = CalibrationText(
         calibration_data, num_samples, sequence_length, seed, bos.value
     )
