@@ -64,7 +64,7 @@ def progress_bar(*, shown: bool = True) -> Progress:
 
         said = -math.inf
 
-        def update(self, task_id: TaskID, **changes: Any) -> None:  # type: ignore[override]
+        def update(self, task_id: TaskID, **changes: Any) -> None:
             super().update(task_id, **changes)
             now = time.monotonic()
             if self.disable or self.console.is_terminal or now - self.said < SECONDS_BETWEEN_LINES:
