@@ -111,11 +111,20 @@ def test_quantize_is_close_to_running_the_text(
     assert float((stored[offset] - direct[offset]).norm() / direct[offset].norm()) < 2**-8
 
 
-@pytest.mark.parametrize("name", ["--calibration-data", "--num-samples", "--sequence-length"])
+def test_bos_is_stored(tiny_qwen2_dir: Path, tiny_text_file: Path, tmp_path: Path) -> None:
+    out, arguments = tmp_path / "calib", ["--calibration-data", tiny_text_file, *SMALL, "--no-hessians"]
+    assert rrsq("calibrate", tiny_qwen2_dir, "-o", out, *arguments, "--bos", "always").exit_code == 0
+    assert json.loads((out / "calibration.json").read_text())["bos_each_window"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("--calibration-data", "16"), ("--num-samples", "16"), ("--sequence-length", "16"), ("--bos", "never")],
+)
 def test_options_of_the_text_do_not_go_with_a_folder(
-    run: tuple[Path, str], tiny_qwen2_dir: Path, tmp_path: Path, name: str
+    run: tuple[Path, str], tiny_qwen2_dir: Path, tmp_path: Path, name: str, value: str
 ) -> None:
-    result = rrsq("quantize", tiny_qwen2_dir, "-o", tmp_path / "out", "--calibration", run[0], name, "16")
+    result = rrsq("quantize", tiny_qwen2_dir, "-o", tmp_path / "out", "--calibration", run[0], name, value)
     assert f"{name} has no effect with --calibration" in failure(result, 2)
     assert list(tmp_path.iterdir()) == []
 

@@ -75,6 +75,18 @@ def test_the_summary_says_where_r1_is_not_folded(
     assert (f"residual ({hidden});" in output) == (family == "llama")
 
 
+def test_bos_is_stored_with_the_checkpoint(
+    tiny_qwen2_dir: Path, tiny_text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--calibration-data", tiny_text_file, *SMALL, "--bos", "always"]
+    assert rrsq("quantize", tiny_qwen2_dir, "-o", out, *arguments).exit_code == 0
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["calibration"][
+        "bos_each_window"
+    ]
+    assert "each behind BOS" in rrsq("inspect", out).stdout
+
+
 def test_inspect_shows_what_was_done(checkpoint: Path) -> None:
     output = rrsq("inspect", checkpoint, "--layers").output
     for expected in ("rrs-w4a4kv4", "INT4 keys", "2 windows of 32 tokens", "output SNR"):
@@ -112,6 +124,10 @@ def test_existing_output_is_kept(checkpoint: Path, tiny_qwen2_dir: Path, tiny_te
         (["--set", "weights.group_size"], "KEY=VALUE"),
         (["--calibration-data", "missing.txt"], "missing.txt"),
         (["--num-samples", "0"], "num-samples"),
+        (
+            ["--max-shard-size", "5 shards", "--calibration-data", "missing.txt"],
+            "--max-shard-size '5 shards'",
+        ),
     ],
 )
 def test_wrong_options(tiny_qwen2_dir: Path, tmp_path: Path, arguments: list[str], expected: str) -> None:

@@ -16,7 +16,8 @@ from rrsq.evaluation.perplexity import perplexity
 from rrsq.evaluation.results import Metric, TaskResult
 from rrsq.evaluation.scores import EvaluationReport, ModelReport, write_json
 from rrsq.evaluation.tasks import TaskOptions, parse_tasks, register_task, task_kinds
-from rrsq.quantizer.calibration.windows import data_fingerprint, evaluation_windows
+from rrsq.quantizer.calibration.windows import BosChoice, data_fingerprint, evaluation_windows
+from tiny_families import tiny_model
 
 
 def result_of(value: float, *, task: str = "wikitext2", metric: str = "perplexity") -> TaskResult:
@@ -102,6 +103,25 @@ def test_text_task_is_the_perplexity_of_its_windows(tiny_llama_dir: Path, tiny_t
     assert result.data_fingerprint == data_fingerprint(windows)
     assert "first 3 consecutive windows of 64 tokens" in result.convention
     assert said[-1] == (3, 3, f"perplexity {expected.perplexity:.2f}")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "bos", "begins"),
+    [("gemma3_text", "auto", True), ("gemma3_text", "never", False), ("llama", "auto", False)],
+)
+def test_windows_begin_with_bos_where_the_family_needs_it(
+    model_type: str, bos: BosChoice, begins: bool, tiny_llama_dir: Path, tiny_text_file: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(1)
+    options = TaskOptions(sequence_length=64, limit=3, bos=bos)
+    (task,) = parse_tasks(f"text:{tiny_text_file}")
+    task.prepare(options)
+    ((result,),) = task.run(tiny_model(model_type), tokenizer, options).values()
+    text = [tiny_text_file.read_text(encoding="utf-8")]
+    windows = evaluation_windows(tokenizer, text, 64, 3, 1 if begins else None)
+    assert result.data_fingerprint == data_fingerprint(windows)
+    assert ("tokens (the BOS token and 63 of text)" in result.convention) == begins
 
 
 def test_window_beyond_the_context_is_a_usage_error(tiny_llama_dir: Path, tiny_text_file: Path) -> None:

@@ -21,6 +21,8 @@ from rrsq.cli.options import (
     OUTPUT,
     RECIPE,
     Assignments,
+    Bos,
+    BosName,
     CalibrationData,
     DataRoot,
     Device,
@@ -35,10 +37,10 @@ from rrsq.cli.options import (
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-    from torch import Tensor
 
     from rrsq.diagnostics.outliers import OutlierReport
     from rrsq.quantizer.calibration.manifest import CalibrationManifest
+    from rrsq.quantizer.production.produce import Calibration
     from rrsq.recipe import Recipe
 
 __all__ = ["EXAMPLES", "calibrate"]
@@ -81,6 +83,7 @@ def calibrate(
     num_samples: NumSamples = 128,
     sequence_length: SequenceLength = 2048,
     seed: Seed = 0,
+    bos: Bos = BosName.AUTO,
     data_root: DataRoot = None,
     device: Device = DeviceName.AUTO,
 ) -> None:
@@ -106,25 +109,24 @@ def calibrate(
         check_output(output, overwrite=overwrite, marker=MANIFEST_NAME, kind="a calibration folder")
     quiet_libraries()
     device_name = resolve_device(device)
-    check_covered(check_source(model, data_root))
+    family = check_source(model, data_root)
+    check_covered(family)
     with progress_bar() as progress:
         bar = progress.add_task("tokenizer and calibration text", total=None)
         tokenizer = load_tokenizer(model, data_root)
-        text = CalibrationText(calibration_data, num_samples, sequence_length, seed)
-        windows = load_calibration(tokenizer, text, data_root).windows
-        assert windows is not None
+        text = CalibrationText(calibration_data, num_samples, sequence_length, seed, bos.value)
+        calibration = load_calibration(tokenizer, family, text, data_root)
         progress.remove_task(bar)
         report, size = _run(
             model,
             output,
             chosen,
             tokenizer,
-            windows,
+            calibration,
             progress,
             overwrite=overwrite,
             restart=restart,
             hessians=hessians,
-            source=calibration_data,
             seed=seed,
             data_root=data_root,
             device=device_name,
@@ -140,13 +142,12 @@ def _run(
     output: Path,
     recipe: Recipe,
     tokenizer: Any,
-    windows: Tensor,
+    calibration: Calibration,
     progress: Progress,
     *,
     overwrite: bool,
     restart: bool,
     hessians: bool,
-    source: str,
     seed: int,
     data_root: Path | None,
     device: str,
@@ -160,10 +161,21 @@ def _run(
     from rrsq.runtime.format.loading import load_model
     from rrsq.storage import flush
 
+    windows, info = calibration.windows, calibration.info
+    assert windows is not None
     bar = progress.add_task("loading the model", total=None)
     model: Any = load_model(path, device="cpu", data_root=data_root)
     name = path.rstrip("/").rsplit("/", 1)[-1]
-    manifest = make_manifest(model, name, windows, recipe, source=source, seed=seed, hessians=hessians)
+    manifest = make_manifest(
+        model,
+        name,
+        windows,
+        recipe,
+        source=info.source,
+        bos_each_window=info.bos_each_window,
+        seed=seed,
+        hessians=hessians,
+    )
     _state_sizes(model, manifest, output)
 
     def show(done: int, total: int, text: str) -> None:

@@ -17,6 +17,8 @@ from rrsq.cli.options import (
     HARDWARE,
     OUTPUT,
     BatchSize,
+    Bos,
+    BosName,
     DataRoot,
     Device,
     DeviceName,
@@ -82,6 +84,7 @@ def compare(
     sequence_length: Annotated[
         int, typer.Option(min=2, help="Tokens in a window of a measured text.", rich_help_panel=DATA)
     ] = 2048,
+    bos: Bos = BosName.AUTO,
     data_root: DataRoot = None,
     calibration_data: Annotated[
         str,
@@ -133,12 +136,13 @@ def compare(
         tasks=parse_tasks(tasks),
         options=TaskOptions(
             sequence_length=sequence_length,
+            bos=bos.value,
             limit=limit,
             batch_size=size,
             num_fewshot=num_fewshot,
             data_root=data_root,
         ),
-        calibration=CalibrationText(calibration_data, num_samples, calibration_length, seed),
+        calibration=CalibrationText(calibration_data, num_samples, calibration_length, seed, bos.value),
         device=resolve_device(device),
         dtype=dtype.value,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from pathlib import Path
@@ -31,26 +32,50 @@ __all__ = [
 stdout = Console()
 stderr = Console(stderr=True)
 
+SECONDS_BETWEEN_LINES = 30.0
+"""Of a long command whose progress goes into a pipe or a file."""
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def progress_bar(*, shown: bool = True) -> Progress:
     """Return a progress display on stderr: description, bar, count, time elapsed ``<`` time left.
 
-    A task added with ``total=None`` shows a pulse until its total is known.
+    A task added with ``total=None`` shows a pulse until its total is known. Where stderr is no terminal,
+    nothing can be drawn over; then a line says what is being done at the first step and every half minute.
     """
+    import time
+    from typing import Any
+
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
         SpinnerColumn,
+        TaskID,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
     from rich.table import Column
 
-    return Progress(
+    class Lines(Progress):
+        """Says a line at times, where nothing can be drawn."""
+
+        said = -math.inf
+
+        def update(self, task_id: TaskID, **changes: Any) -> None:
+            super().update(task_id, **changes)
+            now = time.monotonic()
+            if self.disable or self.console.is_terminal or now - self.said < SECONDS_BETWEEN_LINES:
+                return
+            self.said = now
+            task = next(task for task in self.tasks if task.id == task_id)
+            count = "" if task.total is None else f" ({task.completed:.0f} of {task.total:.0f})"
+            line = f"{task.description}{count}, {human_seconds(task.elapsed or 0)}"
+            self.console.print(printable(line), soft_wrap=True)
+
+    return Lines(
         SpinnerColumn(finished_text="[green]✓"),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),

@@ -15,6 +15,8 @@ from rrsq.cli.options import (
     HARDWARE,
     OUTPUT,
     BatchSize,
+    Bos,
+    BosName,
     DataRoot,
     Device,
     DeviceName,
@@ -97,6 +99,7 @@ def evaluate(
             rich_help_panel=DATA,
         ),
     ] = 2048,
+    bos: Bos = BosName.AUTO,
     data_root: DataRoot = None,
     batch_size: BatchSize = "auto",
     engine: Engine = EngineName.TRANSFORMERS,
@@ -145,6 +148,7 @@ def evaluate(
 
     options = TaskOptions(
         sequence_length=sequence_length,
+        bos=bos.value,
         limit=limit,
         batch_size=size,
         num_fewshot=num_fewshot,
@@ -183,11 +187,15 @@ def print_report(report: EvaluationReport) -> None:
     from rrsq.cli.evaluation_table import evaluation_table, short_names
 
     stdout.print(evaluation_table(report))
+    names = short_names([model.model for model in report.models])
+    for path, name in names.items():
+        if name != path:
+            print_note(f"{name}: {path}")
     conventions = {result.task: result.convention for model in report.models for result in model.results}
     for task, convention in conventions.items():
         print_note(f"{task}: {convention}")
     if report.reference is not None:
-        name = short_names([model.model for model in report.models])[report.reference.model]
+        name = names[report.reference.model]
         print_note(
             f"recovery: accuracy over that of {name} (100 % is nothing lost); ×: perplexity over that of "
             f"{name} (×1 is nothing lost, more is worse)."

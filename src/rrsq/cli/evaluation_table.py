@@ -6,17 +6,24 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from rrsq.cli.console import human_seconds
+from rrsq.cli.console import human_seconds, stdout
 from rrsq.evaluation.scores import Difference, EvaluationReport, ModelReport, recovery_text, value_text
 
 __all__ = ["evaluation_table", "short_names"]
 
+WIDE = 100
+"""Columns from which names stand unfolded."""
+
 
 def evaluation_table(report: EvaluationReport) -> Table:
-    """Return a table with a row for each task, metric and model; beside a reference, what differs."""
+    """Return a table with a row for each task, metric and model; beside a reference, what differs.
+
+    In a terminal or pipe of 80 columns only long names are folded, and never into less than a word.
+    """
     first = report.models[0]
     compared = report.reference is not None
     names = short_names([model.model for model in report.models])
+    longest = max(map(len, names.values()))
     table = Table(
         title=f"{first.device}, {first.dtype}",
         title_justify="left",
@@ -26,9 +33,9 @@ def evaluation_table(report: EvaluationReport) -> Table:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("task", overflow="fold", max_width=24)
+    table.add_column("task", overflow="fold", max_width=24 if stdout.width >= WIDE else 14)
     table.add_column("metric", no_wrap=True)
-    table.add_column("model", overflow="fold")
+    table.add_column("model", overflow="fold", width=longest if stdout.width >= WIDE else min(longest, 20))
     table.add_column("value", justify="right", no_wrap=True)
     for name in ("change", "recovery") if compared else ("time",):
         table.add_column(name, justify="right", no_wrap=True)
@@ -40,12 +47,19 @@ def evaluation_table(report: EvaluationReport) -> Table:
 
 
 def short_names(paths: list[str]) -> dict[str, str]:
-    """The last part of each path, or the whole path where two would look alike."""
-    last = {path: path.rstrip("/").rsplit("/", 1)[-1] or path for path in paths}
-    return {
-        path: name if list(last.values()).count(name) == 1 else path.rstrip("/")
-        for path, name in last.items()
-    }
+    """The last part of each path, with as many parts before it as make it differ from all others."""
+    parts = {path: path.rstrip("/").split("/") for path in paths}
+
+    def end(path: str, count: int) -> str:
+        return "/".join(parts[path][-count:]) or path
+
+    def name(path: str) -> str:
+        lengths = range(1, len(parts[path]) + 1)
+        others = [other for other in parts if other != path]
+        unlike = (n for n in lengths if all(end(other, n) != end(path, n) for other in others))
+        return end(path, next(unlike, len(parts[path])))
+
+    return {path: name(path) for path in parts}
 
 
 def _task_rows(report: EvaluationReport, task: str, names: dict[str, str]) -> list[list[str]]:

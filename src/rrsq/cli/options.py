@@ -20,6 +20,8 @@ __all__ = [
     "RECIPE",
     "Assignments",
     "BatchSize",
+    "Bos",
+    "BosName",
     "CalibrationData",
     "DataRoot",
     "Device",
@@ -104,6 +106,14 @@ EngineOptions = Annotated[
     ),
 ]
 
+class BosName(str, Enum):
+    """Whether each window of text begins with the BOS token."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A Hub id, a local Hugging Face folder, or a .gguf file."),
@@ -141,6 +151,15 @@ CalibrationData = Annotated[
 NumSamples = Annotated[int, typer.Option(min=1, help="Windows of calibration text.", rich_help_panel=DATA)]
 
 SequenceLength = Annotated[int, typer.Option(min=8, help="Tokens in a window.", rich_help_panel=DATA)]
+
+Bos = Annotated[
+    BosName,
+    typer.Option(
+        help="Whether each window of text begins with the tokenizer's BOS token. auto: with the models that"
+        " need it (Gemma); with others, and with never, only the text's start, if the tokenizer adds one.",
+        rich_help_panel=DATA,
+    ),
+]
 
 Seed = Annotated[
     int, typer.Option(min=0, help="Of the random signs and the windows' places.", rich_help_panel=DATA)

@@ -23,6 +23,8 @@ from rrsq.cli.options import (
     OUTPUT,
     RECIPE,
     Assignments,
+    Bos,
+    BosName,
     CalibrationData,
     DataRoot,
     Device,
@@ -89,6 +91,7 @@ def quantize(
     num_samples: NumSamples = 128,
     sequence_length: SequenceLength = 2048,
     seed: Seed = 0,
+    bos: Bos = BosName.AUTO,
     data_root: DataRoot = None,
     device: Device = DeviceName.AUTO,
     offload_dir: Annotated[
@@ -106,11 +109,15 @@ def quantize(
     packed. OUT is an ordinary Hugging Face folder that loads with AutoModelForCausalLM once rrsq is imported;
     it appears whole or not at all. A run that was stopped, however it was, goes on with the same command.
     """
+    from rrsq.quantizer.production.output_shards import parse_size
     from rrsq.quantizer.production.produce import CalibrationText, OutputOptions
     from rrsq.recipe import load_recipe
 
     chosen = load_recipe(recipe, assignments or ())
-    text: CalibrationText | Path = CalibrationText(calibration_data, num_samples, sequence_length, seed)
+    parse_size(max_shard_size)
+    text: CalibrationText | Path = CalibrationText(
+        calibration_data, num_samples, sequence_length, seed, bos.value
+    )
     if calibration is not None:
         _refuse_text_options(context)
         text = calibration
@@ -120,7 +127,7 @@ def quantize(
 
 def _refuse_text_options(context: typer.Context) -> None:
     """With a calibration folder no text is run, so options about text would be ignored: say so instead."""
-    for name in ("calibration_data", "num_samples", "sequence_length"):
+    for name in ("calibration_data", "num_samples", "sequence_length", "bos"):
         if given(context, name):
             raise UsageError(
                 f"--{name.replace('_', '-')} has no effect with --calibration, which takes the place of the"
@@ -156,7 +163,7 @@ def _run(
         check_output(output.folder, overwrite=output.overwrite)
     quiet_libraries()
     device_name = resolve_device(device)
-    check_source(model, data_root)
+    family = check_source(model, data_root)
     calibration = open_calibration(text, recipe, seed) if isinstance(text, Path) else None
     with joined_workers(torch.device(device_name)) as workers:
         first = workers.rank == 0
@@ -164,7 +171,7 @@ def _run(
             bars = QuantizationBars(progress, "tokenizer and calibration text")
             tokenizer = load_tokenizer(model, data_root)
             if not isinstance(text, Path) and needs_calibration(recipe):
-                calibration = load_calibration(tokenizer, text, data_root)
+                calibration = load_calibration(tokenizer, family, text, data_root)
             produced = produce_checkpoint(
                 model,
                 recipe,

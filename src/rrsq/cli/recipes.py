@@ -50,7 +50,7 @@ def recipes(
     table.add_column("recipe", no_wrap=True)
     for column in ("weights", "activations", "cache"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("what it is", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column("what it is", ratio=1)
     for entry in recipe_names():
         recipe = load_recipe(entry)
         bits = (weight_bits(recipe), activation_bits(recipe), cache_bits(recipe))

@@ -83,13 +83,13 @@ class _Run:
 
     def execute(self) -> Comparison:
         plan = self.plan
-        check_source(plan.model, plan.options.data_root)
+        family = check_source(plan.model, plan.options.data_root)
         self.listener.preparing("tasks, tokenizer and calibration text")
         prepare_tasks(plan.tasks, plan.options)
         tokenizer = load_tokenizer(plan.model, plan.options.data_root)
         calibration = None
         if any(needs_calibration(recipe) for recipe in plan.recipes.values()):
-            calibration = load_calibration(tokenizer, plan.calibration, plan.options.data_root)
+            calibration = load_calibration(tokenizer, family, plan.calibration, plan.options.data_root)
         self.listener.preparing("fingerprint of the model")
         model = model_fingerprint(plan.model, plan.options.data_root)
         steps = [_Step(FULL_PRECISION, self.folder.target(FULL_PRECISION), {"model": model})]
@@ -136,6 +136,7 @@ class _Run:
                     "data": data,
                     "limit": plan.options.limit,
                     "sequence_length": plan.options.sequence_length,
+                    "bos": plan.options.bos,
                     "num_fewshot": plan.options.num_fewshot,
                     "batch_size": plan.options.batch_size,
                     "device": plan.device,

@@ -60,7 +60,8 @@ def comparison_markdown(comparison: Comparison, plan: ComparisonPlan, command: s
     if calibration is not None:
         lines += [
             "",
-            f"Calibrated on {calibration.num_samples} windows of {calibration.sequence_length} tokens of "
+            f"Calibrated on {calibration.num_samples} windows of {calibration.sequence_length} tokens"
+            f"{', the first of them BOS,' if calibration.bos_each_window else ''} of "
             f"{calibration.source}, the same for every recipe that needs them; seed {plan.seed}.",
         ]
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())

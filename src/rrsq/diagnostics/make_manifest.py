@@ -42,6 +42,7 @@ def make_manifest(
     recipe: Recipe,
     *,
     source: str,
+    bos_each_window: bool = False,
     seed: int,
     hessians: bool,
 ) -> CalibrationManifest:
@@ -53,6 +54,7 @@ def make_manifest(
         windows: int64 ``[samples, tokens]``.
         recipe: of the report.
         source: data set or file of the text.
+        bos_each_window: each window begins with the BOS token.
         seed: of the windows and the rotations.
         hessians: whether they are stored.
     """
@@ -69,6 +71,7 @@ def make_manifest(
         data_fingerprint=data_fingerprint(windows),
         num_samples=windows.shape[0],
         sequence_length=windows.shape[1],
+        bos_each_window=bos_each_window,
         seed=seed,
         recipe=recipe,
         hessians=hessians,
@@ -91,7 +94,7 @@ def calibration_work(
         RRSQError: as :meth:`WorkFolder.locked` does.
     """
     plain = manifest.model_dump(mode="json")
-    text = ("data_source", "data_fingerprint", "num_samples", "sequence_length")
+    text = ("data_source", "data_fingerprint", "num_samples", "sequence_length", "bos_each_window")
     identity = {
         "the recipe": plain["recipe"],
         "the model": [manifest.config_fingerprint, manifest.weights_fingerprint],

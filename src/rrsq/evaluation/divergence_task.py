@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rrsq.errors import UsageError
 from rrsq.evaluation.results import Metric, TaskResult
 from rrsq.evaluation.tasks import Task, TaskOptions, register_task
-from rrsq.evaluation.text_windows import TextWindows, window_convention
+from rrsq.evaluation.text_windows import TextWindows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ class TextDivergence:
                 f"Task '{self.name}' needs two models of one vocabulary; the reference's has {sizes[0]} "
                 f"entries and the model's {sizes[1]}."
             )
-        windows = self._text.windows(model, tokenizer, options)
+        windows, convention = self._text.windows(model, tokenizer, options)
         report = options.on_progress
 
         def on_progress(done: int, total: int, so_far: float) -> None:
@@ -83,7 +83,7 @@ class TextDivergence:
                 Metric("kl_p99", result.percentile_99, higher_is_better=False, relative=True),
                 Metric("top1", result.top1_agreement, higher_is_better=True, relative=True),
             ),
-            convention=f"{window_convention(self.source, windows, options)}; KL(reference || model) in "
+            convention=f"{convention}; KL(reference || model) in "
             "nats of each next-token distribution, its mean and its 99th percentile over all predicted "
             "tokens; the fraction of them whose likeliest token is the reference's.",
             seconds=result.seconds,

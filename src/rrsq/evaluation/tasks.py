@@ -20,6 +20,8 @@ from rrsq.evaluation.results import TaskResult
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rrsq.quantizer.calibration.windows import BosChoice
+
 __all__ = ["Task", "TaskKind", "TaskOptions", "parse_tasks", "register_task", "task_kinds"]
 
 TASK_MODULES = ("rrsq.evaluation.text_perplexity", "rrsq.evaluation.divergence_task")
@@ -32,6 +34,8 @@ class TaskOptions:
 
     sequence_length: int = 2048
     """Tokens in a window."""
+    bos: BosChoice = "auto"
+    """Whether each window begins with the BOS token; ``auto``: if the model's family needs it."""
     limit: int | None = None
     """The first so many windows of a text, or questions of a task; None means all."""
     batch_size: int | None = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rrsq.evaluation.results import Metric, TaskResult
 from rrsq.evaluation.tasks import Task, TaskOptions, register_task
-from rrsq.evaluation.text_windows import TextWindows, window_convention
+from rrsq.evaluation.text_windows import TextWindows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,10 +55,10 @@ class TextPerplexity:
         """Measure the perplexity. Raises :class:`UsageError` if a window exceeds the model's context."""
         from rrsq.evaluation.perplexity import perplexity
 
-        windows = self._text.windows(model, tokenizer, options)
+        windows, convention = self._text.windows(model, tokenizer, options)
         batch_size = options.batch_size or 1
         result = perplexity(model, windows, batch_size=batch_size, on_progress=_progress(options))
-        return self._measured(result, windows, options)
+        return self._measured(result, windows, convention)
 
     def run_served(
         self, model: ServedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions
@@ -67,22 +67,21 @@ class TextPerplexity:
         from rrsq.evaluation.perplexity import perplexity_by
         from rrsq.runtime.format.loading import check_token_range
 
-        windows = self._text.windows(model, tokenizer, options)
+        windows, convention = self._text.windows(model, tokenizer, options)
         engine = model.engine(options.sequence_length + 1)
         check_token_range(windows, engine.vocabulary)
         result = perplexity_by(engine.log_probabilities, windows, on_progress=_progress(options))
-        return self._measured(result, windows, options)
+        return self._measured(result, windows, convention)
 
     def _measured(
-        self, result: PerplexityResult, windows: Tensor, options: TaskOptions
+        self, result: PerplexityResult, windows: Tensor, convention: str
     ) -> dict[str, list[TaskResult]]:
         from rrsq.quantizer.calibration.windows import data_fingerprint
 
         measured = TaskResult(
             task=self.name,
             metrics=(Metric("perplexity", result.perplexity, higher_is_better=False),),
-            convention=f"{window_convention(self.source, windows, options)}; exp of the mean negative "
-            "log-likelihood over all predicted tokens.",
+            convention=f"{convention}; exp of the mean negative log-likelihood over all predicted tokens.",
             seconds=result.seconds,
             data_fingerprint=data_fingerprint(windows),
             details=asdict(result),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rrsq.evaluation.served import ServedModel
     from rrsq.evaluation.tasks import TaskOptions
 
-__all__ = ["TextWindows", "window_convention"]
+__all__ = ["TextWindows"]
 
 
 class TextWindows:
@@ -48,9 +48,14 @@ class TextWindows:
         model: PreTrainedModel | ServedModel,
         tokenizer: PreTrainedTokenizerBase,
         options: TaskOptions,
-    ) -> Tensor:
-        """int64 ``[n, sequence_length]``. Raises :class:`UsageError` if that exceeds the model's context."""
-        from rrsq.quantizer.calibration.windows import evaluation_windows
+    ) -> tuple[Tensor, str]:
+        """Windows, int64 ``[n, sequence_length]``, and how the text became them, in words.
+
+        Raises :class:`UsageError` if they exceed the model's context, or are to begin with a BOS token that
+        the tokenizer does not have.
+        """
+        from rrsq.models.registry import needs_bos
+        from rrsq.quantizer.calibration.windows import evaluation_windows, start_token
 
         length = options.sequence_length
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -59,13 +64,16 @@ class TextWindows:
                 f"Windows of {length} tokens exceed the model's context of {context}: "
                 f"give --sequence-length {context} or less."
             )
-        return evaluation_windows(tokenizer, self._documents, length, options.limit)
+        start = start_token(tokenizer, options.bos, needed=needs_bos(model.config))
+        windows = evaluation_windows(tokenizer, self._documents, length, options.limit, start)
+        return windows, _convention(self.source, windows, options, start)
 
 
-def window_convention(source: str, windows: Tensor, options: TaskOptions) -> str:
+def _convention(source: str, windows: Tensor, options: TaskOptions, start: int | None) -> str:
     """Say how a text became windows, up to what is computed over them."""
+    begin = "" if start is None else f" (the BOS token and {windows.shape[1] - 1} of text)"
     return (
         f"Documents of {source} joined by a blank line and tokenized as one text; "
         f"{'all' if options.limit is None else 'the first'} {windows.shape[0]} consecutive windows of "
-        f"{windows.shape[1]} tokens, the tail dropped; the first token of a window is not predicted"
+        f"{windows.shape[1]} tokens{begin}, the tail dropped; the first token of a window is not predicted"
     )

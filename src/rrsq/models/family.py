@@ -129,6 +129,8 @@ class ModelFamily:
         attention: module path of the attention from the decoder layer.
         value: name of the projection in the attention whose last ``kv_heads * head_dim`` rows make values:
             ``v_proj``, or a fused one.
+        needs_bos: the models are trained on sequences that all begin with the BOS token and answer badly
+            without; a window of text then begins with it.
         intermediate_size: field of the configuration that holds it.
         more_intermediate: further sizes of MLPs that a configuration asks for, such as those of experts.
         not_covered: says of a configuration why the family does not cover it, or returns None.
@@ -151,6 +153,7 @@ class ModelFamily:
     rotates_keys: Callable[[Any, int], bool] = lambda config, index: True
     attention: str = "self_attn"
     value: str = "v_proj"
+    needs_bos: bool = False
     intermediate_size: str = "intermediate_size"
     more_intermediate: Callable[[Any], tuple[int, ...]] = lambda config: ()
     not_covered: Callable[[Any], str | None] = lambda config: None

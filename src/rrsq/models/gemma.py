@@ -23,6 +23,7 @@ GEMMA = ModelFamily(
     "GemmaForCausalLM",
     LLAMA_INPUTS,
     norm=RMS_NORM_ONE_PLUS,
+    needs_bos=True,
     not_covered=bidirectional,
     public={
         "Gemma-2B": ModelSizes(2048, 16384, 8, 1, 256, 18),

@@ -24,6 +24,7 @@ GEMMA2 = ModelFamily(
     "Gemma2ForCausalLM",
     GEMMA2_INPUTS,
     norm=RMS_NORM_ONE_PLUS,
+    needs_bos=True,
     not_covered=bidirectional,
     public={
         "Gemma-2-2B": ModelSizes(2304, 9216, 8, 4, 256, 26),

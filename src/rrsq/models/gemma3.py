@@ -20,6 +20,7 @@ GEMMA3_TEXT = ModelFamily(
     GEMMA2_INPUTS,
     norm=RMS_NORM_ONE_PLUS,
     rotary_by_layer_type=True,
+    needs_bos=True,
     not_covered=bidirectional,
     public={
         "Gemma-3-270M": ModelSizes(640, 2048, 4, 1, 256, 18),

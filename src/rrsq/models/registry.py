@@ -27,7 +27,7 @@ from .seed_oss import SEED_OSS
 from .smollm3 import SMOLLM3
 from .starcoder2 import STARCODER2
 
-__all__ = ["families", "family_for", "register_family"]
+__all__ = ["families", "family_for", "needs_bos", "register_family"]
 
 _FAMILIES: dict[str, ModelFamily] = {}
 
@@ -61,6 +61,12 @@ def family_for(config: Any) -> ModelFamily:
     if reason is not None:
         raise UnsupportedArchitectureError(f"This {model_type} model is not supported: {reason}.")
     return family
+
+
+def needs_bos(config: Any) -> bool:
+    """Whether a configuration's family has :attr:`ModelFamily.needs_bos`; of an unknown family, no."""
+    family = _FAMILIES.get(str(getattr(config, "model_type", None)))
+    return family is not None and family.needs_bos
 
 
 _ALL = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import struct
@@ -10,11 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from rrsq.errors import DataError
+from rrsq.errors import DataError, UsageError
 from rrsq.quantizer.calibration import windows as windows_module
-from rrsq.quantizer.calibration.windows import calibration_windows, data_fingerprint, evaluation_windows
+from rrsq.quantizer.calibration.windows import (
+    calibration_windows,
+    data_fingerprint,
+    evaluation_windows,
+    start_token,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +48,41 @@ def test_evaluation_windows_are_consecutive(
     assert result.tolist() == [token_ids[i * 100 : (i + 1) * 100] for i in range(count)]
     assert torch.equal(evaluation_windows(tiny_tokenizer, documents, 100, limit=3), result[:3])
     assert len(evaluation_windows(tiny_tokenizer, documents, 100, limit=10**6)) == count
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_windows_behind_a_start_token(
+    tiny_tokenizer: PreTrainedTokenizerFast, documents: list[str], token_ids: list[int], adds_bos: bool
+) -> None:
+    bos = 1
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    if adds_bos:
+        name = tokenizer.convert_ids_to_tokens(bos)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{name} $A", special_tokens=[(name, bos)]
+        )
+        assert tokenizer("the river")["input_ids"][0] == bos
+    result = evaluation_windows(tokenizer, documents, 100, 3, start=bos)
+    assert result.tolist() == [[bos, *token_ids[i * 99 : (i + 1) * 99]] for i in range(3)]
+
+    result = calibration_windows(tokenizer, documents, 20, 64, seed=0, start=bos)
+    assert result.shape == (20, 64)
+    assert (result[:, 0] == bos).all()
+    offsets = [offset_of(window, token_ids) for window in result[:, 1:].tolist()]
+    assert all(later - earlier >= 63 for earlier, later in itertools.pairwise(offsets))
+
+
+def test_who_gets_a_start_token(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(1)
+    assert start_token(tokenizer, "auto", needed=True) == 1
+    assert start_token(tokenizer, "auto", needed=False) is None
+    assert start_token(tokenizer, "always", needed=False) == 1
+    assert start_token(tokenizer, "never", needed=True) is None
+    tokenizer.bos_token = None
+    assert start_token(tokenizer, "auto", needed=True) is None
+    with pytest.raises(UsageError, match="no BOS token"):
+        start_token(tokenizer, "always", needed=True)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -27,6 +27,7 @@ class CalibrationManifest(BaseModel):
         data_source: data set or file of the text.
         data_fingerprint: SHA-256 of the windows' token ids.
         num_samples, sequence_length: windows, and tokens in each.
+        bos_each_window: each window begins with the BOS token; else at most the text does.
         seed: of the windows' places and the rotations' random signs.
         recipe: whose quantization the report describes; its rotation is that of the stored magnitudes.
         hessians: whether the folder holds Hessians.
@@ -45,6 +46,7 @@ class CalibrationManifest(BaseModel):
     data_fingerprint: str
     num_samples: int = Field(gt=0)
     sequence_length: int = Field(gt=0)
+    bos_each_window: bool = False
     seed: int
     recipe: Recipe
     hessians: bool

@@ -44,7 +44,9 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
     if size <= 0:
-        raise UsageError(f"'{text}' is no size of a shard. Give a number and a unit, such as 5GB or 300MB.")
+        raise UsageError(
+            f"--max-shard-size '{text}' is no size. Give a number and a unit, such as 5GB or 300MB."
+        )
     return size
 
 

@@ -19,7 +19,7 @@ from ...storage import check_output, check_space, flush, library_versions
 from ...work_folder import WorkFolder, was_published
 from ..calibration.stored import StoredCalibration
 from ..calibration.text import load_documents
-from ..calibration.windows import calibration_windows, data_fingerprint
+from ..calibration.windows import BosChoice, calibration_windows, data_fingerprint, start_token
 from ..calibration.workers import ALONE, Workers
 from ..checks import check_stored
 from ..outcome import QuantizationReport
@@ -62,6 +62,8 @@ class CalibrationText:
     sequence_length: int = 2048
     seed: int = 0
     """Of the windows' places."""
+    bos: BosChoice = "auto"
+    """Whether each window begins with the BOS token; ``auto``: if the model's family needs it."""
 
 
 @dataclass(frozen=True)
@@ -125,20 +127,34 @@ def check_source(model: str, data_root: Path | None = None) -> ModelFamily:
 
 
 def load_calibration(
-    tokenizer: PreTrainedTokenizerBase, text: CalibrationText, data_root: Path | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    family: ModelFamily,
+    text: CalibrationText,
+    data_root: Path | None = None,
 ) -> Calibration:
     """Fetch the calibration text and cut it into windows.
 
+    Args:
+        tokenizer: the model's.
+        family: the model's, which may need a BOS token in each window.
+        text: which, and how much of it.
+        data_root: folder laid out like the Hub, looked in before it.
+
     Raises:
+        UsageError: each window is to begin with a BOS token, and the tokenizer has none.
         DataError: it cannot be found or read, or is too short for one window.
     """
+    start = start_token(tokenizer, text.bos, needed=family.needs_bos)
     documents = load_documents(text.source, split="train", data_root=data_root)
-    windows = calibration_windows(tokenizer, documents, text.num_samples, text.sequence_length, text.seed)
+    windows = calibration_windows(
+        tokenizer, documents, text.num_samples, text.sequence_length, text.seed, start
+    )
     info = CalibrationInfo(
         source=text.source,
         num_samples=windows.shape[0],
         sequence_length=windows.shape[1],
         fingerprint=data_fingerprint(windows),
+        bos_each_window=start is not None,
     )
     return Calibration(windows, info)
 
@@ -162,6 +178,7 @@ def open_calibration(folder: Path, recipe: Recipe, seed: int) -> Calibration:
         num_samples=manifest.num_samples,
         sequence_length=manifest.sequence_length,
         fingerprint=manifest.data_fingerprint,
+        bos_each_window=manifest.bos_each_window,
         stored=True,
     )
     return Calibration(None, info, stored)

@@ -102,6 +102,8 @@ def describe_calibration(info: CheckpointInfo) -> str:
     text = (
         f"{calibration.num_samples} windows of {calibration.sequence_length} tokens of {calibration.source}"
     )
+    if calibration.bos_each_window:
+        text += ", each behind BOS"
     return f"{text}, statistics of the full-precision model" if calibration.stored else text
 
 

@@ -98,6 +98,7 @@ class CalibrationInfo(_Part):
         source: data set or file.
         num_samples, sequence_length: windows, and tokens in each.
         fingerprint: SHA-256 of the token ids.
+        bos_each_window: each window began with the BOS token; else at most the text did.
         stored: the statistics came out of a folder of ``rrsq calibrate``, of the full-precision model's
             inputs; else each layer was calibrated on the outputs of the quantized layers before it.
     """
@@ -106,6 +107,7 @@ class CalibrationInfo(_Part):
     num_samples: int
     sequence_length: int
     fingerprint: str
+    bos_each_window: bool = False
     stored: bool = False
 
 
