@@ -20,7 +20,6 @@ from rrsq.cli.options import (
     DeviceName,
     DtypeName,
     parse_batch_size,
-    resolve_device,
 )
 from rrsq.errors import UsageError
 
@@ -124,30 +123,25 @@ def evaluate(
         raise UsageError(f"--json {json_path}: there is no folder '{json_path.parent}'.")
     size = parse_batch_size(batch_size)
 
-    from rrsq.evaluation.run import check_comparison, evaluate_models, prepare_tasks
-    from rrsq.evaluation.scores import EvaluationReport, write_json
-    from rrsq.evaluation.tasks import TaskOptions, parse_tasks
+    import rrsq
+    from rrsq.evaluation.scores import write_json
 
-    options = TaskOptions(
-        sequence_length=sequence_length,
-        limit=limit,
-        batch_size=size,
-        num_fewshot=num_fewshot,
-        data_root=data_root,
-    )
-    compared = models if baseline is None else [baseline, *models]
-    parsed = parse_tasks(tasks)
     quiet_libraries()
     with progress_bar() as progress:
         bars = EvaluationBars(progress)
-        bars.say("finding tasks and their data")
-        prepare_tasks(parsed, options)
-        check_comparison(compared, parsed, options)
-        reports = evaluate_models(
-            compared, parsed, options, device=resolve_device(device), dtype=dtype.value, on_step=bars.show
+        report = rrsq.evaluate(
+            models if baseline is None else [baseline, *models],
+            tasks,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            sequence_length=sequence_length,
+            batch_size=size,
+            device=device.value,
+            dtype=dtype.value,
+            data_root=data_root,
+            on_step=bars.show,
         )
         bars.finish()
-    report = EvaluationReport.of(reports)
     print_report(report)
     if json_path is not None:
         write_json(json_path, report.to_dict())

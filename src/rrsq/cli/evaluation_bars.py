@@ -23,10 +23,6 @@ class EvaluationBars:
         self._bar = progress.add_task("", total=None)
         self._counted = False
 
-    def say(self, text: str) -> None:
-        """Show that something without a count is being done."""
-        self._progress.update(self._bar, description=text)
-
     def show(self, model: str, doing: str, done: int, total: int, so_far: str) -> None:
         """Take a step; see :data:`rrsq.evaluation.run.StepCallback`."""
         if self._current != (model, doing):
@@ -36,7 +32,8 @@ class EvaluationBars:
             else:
                 self._progress.reset(self._bar, total=None)
             self._current, self._counted = (model, doing), False
-        label = f"{model.rstrip('/').rsplit('/', 1)[-1] or model}: {doing}"
+        name = model.rstrip("/").rsplit("/", 1)[-1] or model
+        label = f"{name}: {doing}" if name else doing
         self._progress.update(self._bar, description=f"{label}, {so_far}" if so_far else label)
         if total:
             self._counted = True

@@ -132,9 +132,6 @@ def parse_batch_size(text: str) -> int | None:
 
 def resolve_device(device: DeviceName) -> str:
     """Return ``cpu`` or ``cuda``. Raises :class:`UsageError` if CUDA is asked for and missing."""
-    import torch
+    from rrsq.devices import find_device
 
-    available = torch.cuda.is_available()
-    if device is DeviceName.CUDA and not available:
-        raise UsageError("--device cuda: torch sees no CUDA device. Use --device cpu or auto.")
-    return "cuda" if available and device is not DeviceName.CPU else "cpu"
+    return find_device(device.value)

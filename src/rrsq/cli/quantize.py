@@ -32,14 +32,13 @@ from rrsq.cli.options import (
     Restart,
     Seed,
     SequenceLength,
-    resolve_device,
 )
 from rrsq.cli.quantization_bars import QuantizationBars
 from rrsq.errors import UsageError
 
 if TYPE_CHECKING:
-    from rrsq.quantizer.production.produce import CalibrationText, OutputOptions, Produced
-    from rrsq.recipe import Recipe
+    from rrsq.quantizer.outcome import QuantizationReport
+    from rrsq.runtime.format.format import CheckpointInfo
 
 __all__ = ["EXAMPLES", "quantize"]
 
@@ -105,16 +104,38 @@ def quantize(
     packed. OUT is an ordinary Hugging Face folder that loads with AutoModelForCausalLM once rrsq is imported;
     it appears whole or not at all. A run that was stopped, however it was, goes on with the same command.
     """
-    from rrsq.quantizer.production.produce import CalibrationText, OutputOptions
-    from rrsq.recipe import load_recipe
+    import rrsq
+    from rrsq.quantizer.calibration.workers import is_first_process
+    from rrsq.runtime.format.loading import read_info
 
-    chosen = load_recipe(recipe, assignments or ())
-    text: CalibrationText | Path = CalibrationText(calibration_data, num_samples, sequence_length, seed)
     if calibration is not None:
         _refuse_text_options(context)
-        text = calibration
-    out = OutputOptions(output, overwrite, max_shard_size, restart, offload_dir)
-    _run(model, chosen, out, text, seed=seed, data_root=data_root, device=device)
+    quiet_libraries()
+    with progress_bar(shown=is_first_process()) as progress:
+        bars = QuantizationBars(progress, "tokenizer and calibration text")
+        report = rrsq.quantize(
+            model,
+            output,
+            recipe=recipe,
+            overrides=assignments or (),
+            calibration_data=calibration_data,
+            num_samples=num_samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            calibration=calibration,
+            device=device.value,
+            data_root=data_root,
+            overwrite=overwrite,
+            restart=restart,
+            max_shard_size=max_shard_size,
+            offload_dir=offload_dir,
+            on_step=bars.show,
+            on_note=print_note,
+        )
+        bars.finish()
+    if is_first_process():
+        stdout.print(_summary(report, read_info(output), output))
+        print_note(f"Next: rrsq eval {model} {output}")
 
 
 def _refuse_text_options(context: typer.Context) -> None:
@@ -128,67 +149,10 @@ def _refuse_text_options(context: typer.Context) -> None:
             )
 
 
-def _run(
-    model: str,
-    recipe: Recipe,
-    output: OutputOptions,
-    text: CalibrationText | Path,
-    *,
-    seed: int,
-    data_root: Path | None,
-    device: DeviceName,
-) -> None:
-    import torch
-
-    from rrsq.quantizer.calibration.workers import joined_workers
-    from rrsq.quantizer.needs import needs_calibration
-    from rrsq.quantizer.production.produce import (
-        check_source,
-        load_calibration,
-        open_calibration,
-        produce_checkpoint,
-    )
-    from rrsq.runtime.format.loading import load_tokenizer
-    from rrsq.storage import check_output
-    from rrsq.work_folder import was_published
-
-    if output.restart or not was_published(output.folder):
-        check_output(output.folder, overwrite=output.overwrite)
-    quiet_libraries()
-    device_name = resolve_device(device)
-    check_source(model, data_root)
-    calibration = open_calibration(text, recipe, seed) if isinstance(text, Path) else None
-    with joined_workers(torch.device(device_name)) as workers:
-        first = workers.rank == 0
-        with progress_bar(shown=first) as progress:
-            bars = QuantizationBars(progress, "tokenizer and calibration text")
-            tokenizer = load_tokenizer(model, data_root)
-            if not isinstance(text, Path) and needs_calibration(recipe):
-                calibration = load_calibration(tokenizer, text, data_root)
-            produced = produce_checkpoint(
-                model,
-                recipe,
-                output,
-                tokenizer,
-                calibration,
-                seed=seed,
-                device=device_name,
-                data_root=data_root,
-                workers=workers,
-                on_step=bars.show,
-                on_note=print_note if first else lambda note: None,
-            )
-            bars.finish()
-        if first:
-            stdout.print(_summary(produced, output.folder))
-            print_note(f"Next: rrsq eval {model} {output.folder}")
-
-
-def _summary(produced: Produced, output: Path) -> Table:
+def _summary(report: QuantizationReport, info: CheckpointInfo, output: Path) -> Table:
     """The table at the end of a run."""
     from rrsq.runtime.format.describe import describe_exceptions, describe_rotation
 
-    info, report = produced.info, produced.report
     table = Table(title=f"{output} ({info.recipe.name})", show_header=False, title_justify="left")
     before, after = report.bytes_before, report.bytes_after
     table.add_row("size of weights", f"{human_bytes(before)} → {human_bytes(after)} ({after / before:.0%})")
