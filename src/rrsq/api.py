@@ -28,6 +28,7 @@ def quantize(
     *,
     recipe: str | Path | Recipe = "rrs-w4a4kv4",
     overrides: Iterable[str] = (),
+    ignore: Iterable[str] = (),
     calibration_data: str | Path = "wikitext2",
     num_samples: int = 128,
     sequence_length: int = 2048,
@@ -52,6 +53,8 @@ def quantize(
         output: folder to write.
         recipe: a name of :func:`rrsq.recipe.recipe_names`, the path of a YAML file, or a recipe.
         overrides: assignments such as ``weights.group_size=64``, as ``--set`` takes them.
+        ignore: patterns of linears to keep in 16 bits, such as ``*.o_proj`` or ``model.layers.0.*``, besides
+            the recipe's ``modules_to_not_convert``.
         calibration_data: ``wikitext2``, a Hub data set (``org/name`` or ``org/name:config``), or a ``.txt``,
             ``.jsonl`` or ``.parquet`` file.
         num_samples: windows of calibration text.
@@ -96,12 +99,12 @@ def quantize(
     _at_least("num_samples", num_samples, 1)
     _at_least("sequence_length", sequence_length, 8)
     _at_least("seed", seed, 0)
-    chosen = _recipe(recipe, overrides)
+    chosen = _recipe(recipe, overrides, ignore)
     to = OutputOptions(Path(output), overwrite, max_shard_size, restart, _path(offload_dir))
     if restart or not was_published(to.folder):
         check_output(to.folder, overwrite=overwrite)
     where = find_device(device)
-    check_source(model, root)
+    check_source(model, root, chosen)
     learned = None if calibration is None else open_calibration(Path(calibration), chosen, seed)
     with joined_workers(torch.device(where)) as workers:
         on_step(0, 0, 0, "tokenizer and calibration text")
@@ -194,13 +197,16 @@ def evaluate(
     )
 
 
-def _recipe(recipe: str | Path | Recipe, overrides: Iterable[str]) -> Recipe:
-    """The recipe that is meant, with the overrides."""
+def _recipe(recipe: str | Path | Recipe, overrides: Iterable[str], ignore: Iterable[str]) -> Recipe:
+    """The recipe that is meant, with the overrides and the exceptions."""
     from .recipe import Recipe, load_recipe, override_recipe
 
     if isinstance(recipe, Recipe):
-        return override_recipe(recipe, overrides)
-    return load_recipe(str(recipe), overrides)
+        chosen = override_recipe(recipe, overrides)
+    else:
+        chosen = load_recipe(str(recipe), overrides)
+    patterns = dict.fromkeys((*chosen.modules_to_not_convert, *ignore))
+    return chosen.model_copy(update={"modules_to_not_convert": tuple(patterns)})
 
 
 def _path(path: str | Path | None) -> Path | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rrsq.cli.completion import complete_model, complete_tasks
 from rrsq.cli.console import examples, print_note, print_warning, progress_bar, quiet_libraries, stdout
 from rrsq.cli.evaluation_bars import EvaluationBars
 from rrsq.cli.options import (
@@ -26,7 +27,7 @@ from rrsq.errors import UsageError
 if TYPE_CHECKING:
     from rrsq.evaluation.scores import EvaluationReport
 
-__all__ = ["EXAMPLES", "evaluate", "print_report"]
+__all__ = ["EXAMPLES", "evaluate", "evaluate_and_print", "print_report"]
 
 EXAMPLES = examples(
     "rrsq eval HuggingFaceTB/SmolLM2-135M out/ --tasks wikitext2,kl,arc_e,arc_c,boolq,obqa",
@@ -42,6 +43,7 @@ def evaluate(
             metavar="MODEL...",
             help="Quantized checkpoints, local Hugging Face folders, or Hub ids. With several, the first is "
             "the reference that the others are compared with: name the full-precision model first.",
+            autocompletion=complete_model,
         ),
     ],
     tasks: Annotated[
@@ -54,6 +56,7 @@ def evaluate(
             "probabilities from the reference's, on WikiText-2 or a file. [bold]arc_e arc_c boolq obqa piqa "
             "winogrande hellaswag lambada mmlu[/bold], or any other name that lm-eval knows: its tasks.",
             rich_help_panel=DATA,
+            autocompletion=complete_tasks,
         ),
     ] = "wikitext2",
     baseline: Annotated[
@@ -123,29 +126,35 @@ def evaluate(
         raise UsageError(f"--json {json_path}: there is no folder '{json_path.parent}'.")
     size = parse_batch_size(batch_size)
 
+    report = evaluate_and_print(
+        models if baseline is None else [baseline, *models],
+        tasks,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        sequence_length=sequence_length,
+        batch_size=size,
+        device=device.value,
+        dtype=dtype.value,
+        data_root=data_root,
+    )
+    if json_path is not None:
+        from rrsq.evaluation.scores import write_json
+
+        write_json(json_path, report.to_dict())
+        print_note(f"Wrote {json_path}")
+
+
+def evaluate_and_print(models: list[str], tasks: str, **options: Any) -> EvaluationReport:
+    """Call ``rrsq.evaluate`` with progress bars, and print what it found; ``options`` are its own."""
     import rrsq
-    from rrsq.evaluation.scores import write_json
 
     quiet_libraries()
     with progress_bar() as progress:
         bars = EvaluationBars(progress)
-        report = rrsq.evaluate(
-            models if baseline is None else [baseline, *models],
-            tasks,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            sequence_length=sequence_length,
-            batch_size=size,
-            device=device.value,
-            dtype=dtype.value,
-            data_root=data_root,
-            on_step=bars.show,
-        )
+        report = rrsq.evaluate(models, tasks, on_step=bars.show, **options)
         bars.finish()
     print_report(report)
-    if json_path is not None:
-        write_json(json_path, report.to_dict())
-        print_note(f"Wrote {json_path}")
+    return report
 
 
 def print_report(report: EvaluationReport) -> None:

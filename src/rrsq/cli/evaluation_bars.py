@@ -23,6 +23,10 @@ class EvaluationBars:
         self._bar = progress.add_task("", total=None)
         self._counted = False
 
+    def say(self, text: str) -> None:
+        """Show that something without a count is being done."""
+        self._progress.update(self._bar, description=text)
+
     def show(self, model: str, doing: str, done: int, total: int, so_far: str) -> None:
         """Take a step; see :data:`rrsq.evaluation.run.StepCallback`."""
         if self._current != (model, doing):

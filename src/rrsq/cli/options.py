@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from rrsq.cli.completion import complete_model
 from rrsq.errors import UsageError
 
 __all__ = [
@@ -56,7 +57,11 @@ class DtypeName(str, Enum):
 
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A Hub id, a local Hugging Face folder, or a .gguf file."),
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hub id, a local Hugging Face folder, or a .gguf file.",
+        autocompletion=complete_model,
+    ),
 ]
 DataRoot = Annotated[
     Path | None,

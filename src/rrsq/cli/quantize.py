@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from rrsq.cli.completion import complete_recipe, complete_scheme, complete_tasks
 from rrsq.cli.console import (
     examples,
     human_bytes,
@@ -17,6 +18,7 @@ from rrsq.cli.console import (
     quiet_libraries,
     stdout,
 )
+from rrsq.cli.eval import evaluate_and_print
 from rrsq.cli.options import (
     DATA,
     HARDWARE,
@@ -35,6 +37,7 @@ from rrsq.cli.options import (
 )
 from rrsq.cli.quantization_bars import QuantizationBars
 from rrsq.errors import UsageError
+from rrsq.schemes import SCHEMES, scheme_recipe
 
 if TYPE_CHECKING:
     from rrsq.quantizer.outcome import QuantizationReport
@@ -42,9 +45,11 @@ if TYPE_CHECKING:
 
 __all__ = ["EXAMPLES", "quantize"]
 
+EVALUATION = "Evaluation"
 EXAMPLES = examples(
     "rrsq quantize meta-llama/Meta-Llama-3-8B -o out/",
     "rrsq quantize ./model -o out/ --recipe rrs-w4a8kv4 --calibration-data notes.jsonl",
+    "rrsq quantize ./model -o out/ --scheme W4A16 --ignore '*.layers.0.*' --tasks wikitext2,kl --limit 24",
     "rrsq quantize ./model -o out/ --calibration calib/",
     "rrsq quantize model.gguf -o out/ --set activations.smoothing.group_size=32 --num-samples 32",
 )
@@ -71,9 +76,27 @@ def quantize(
         typer.Option(
             help="Name of a recipe ('rrsq recipes' lists them) or path of a YAML file.",
             rich_help_panel=RECIPE,
+            autocompletion=complete_recipe,
         ),
     ] = "rrs-w4a4kv4",
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(SCHEMES),
+            help="Bits of weights, activations and cache, in place of --recipe: the recipe for them.",
+            rich_help_panel=RECIPE,
+            autocompletion=complete_scheme,
+        ),
+    ] = None,
     assignments: Assignments = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Keep the linears of this pattern in 16 bits, such as '*.o_proj'. May be repeated.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
     calibration_data: CalibrationData = "wikitext2",
     calibration: Annotated[
         Path | None,
@@ -88,6 +111,23 @@ def quantize(
     sequence_length: SequenceLength = 2048,
     seed: Seed = 0,
     data_root: DataRoot = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK[,TASK...]",
+            help="Measure MODEL and OUT at the end, as 'rrsq eval' does.",
+            rich_help_panel=EVALUATION,
+            autocompletion=complete_tasks,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --tasks: only the first so many windows of a text and questions of a task.",
+            rich_help_panel=EVALUATION,
+        ),
+    ] = None,
     device: Device = DeviceName.AUTO,
     offload_dir: Annotated[
         Path | None,
@@ -110,7 +150,15 @@ def quantize(
 
     if calibration is not None:
         _refuse_text_options(context)
+    if scheme is not None:
+        if _given(context, "recipe"):
+            raise UsageError("--scheme stands for a recipe. Leave out --recipe or --scheme.")
+        recipe = scheme_recipe(scheme)
+    if limit is not None and tasks is None:
+        raise UsageError("--limit is of --tasks, which is not given.")
     quiet_libraries()
+    if tasks is not None:
+        _check_tasks(tasks, data_root)
     with progress_bar(shown=is_first_process()) as progress:
         bars = QuantizationBars(progress, "tokenizer and calibration text")
         report = rrsq.quantize(
@@ -118,6 +166,7 @@ def quantize(
             output,
             recipe=recipe,
             overrides=assignments or (),
+            ignore=ignore or (),
             calibration_data=calibration_data,
             num_samples=num_samples,
             sequence_length=sequence_length,
@@ -135,27 +184,51 @@ def quantize(
         bars.finish()
     if is_first_process():
         stdout.print(_summary(report, read_info(output), output))
-        print_note(f"Next: rrsq eval {model} {output}")
+        if tasks is None:
+            print_note(f"Next: rrsq eval {model} {output}")
+        else:
+            evaluate_and_print(
+                [model, str(output)], tasks, limit=limit, device=device.value, data_root=data_root
+            )
 
 
 def _refuse_text_options(context: typer.Context) -> None:
     """With a calibration folder no text is run, so options about text would be ignored: say so instead."""
     for name in ("calibration_data", "num_samples", "sequence_length"):
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if _given(context, name):
             raise UsageError(
                 f"--{name.replace('_', '-')} has no effect with --calibration, which takes the place of the"
                 " text. Leave out one of them."
             )
 
 
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands in the command."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _check_tasks(tasks: str, data_root: Path | None) -> None:
+    """Refuse a task that there is not, or without data, before hours are spent."""
+    from rrsq.evaluation.run import prepare_tasks
+    from rrsq.evaluation.tasks import TaskOptions, parse_tasks
+
+    prepare_tasks(parse_tasks(tasks), TaskOptions(data_root=data_root))
+
+
 def _summary(report: QuantizationReport, info: CheckpointInfo, output: Path) -> Table:
     """The table at the end of a run."""
-    from rrsq.runtime.format.describe import describe_exceptions, describe_rotation
+    from rrsq.runtime.format.describe import (
+        checkpoint_contents,
+        describe_exceptions,
+        describe_rotation,
+        stored_bits,
+    )
 
     table = Table(title=f"{output} ({info.recipe.name})", show_header=False, title_justify="left")
     before, after = report.bytes_before, report.bytes_after
     table.add_row("size of weights", f"{human_bytes(before)} → {human_bytes(after)} ({after / before:.0%})")
+    table.add_row("bits per weight", stored_bits(checkpoint_contents(output)))
     table.add_row("time", human_seconds(report.seconds))
     table.add_row("peak memory", human_bytes(report.peak_memory))
     if report.peak_gpu_memory is not None:
