@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .quantizer.production.source import NoteCallback
     from .recipe import Recipe
 
-__all__ = ["evaluate", "quantize"]
+__all__ = ["choose_recipe", "evaluate", "quantize"]
 
 
 def quantize(
@@ -99,7 +99,7 @@ def quantize(
     _at_least("num_samples", num_samples, 1)
     _at_least("sequence_length", sequence_length, 8)
     _at_least("seed", seed, 0)
-    chosen = _recipe(recipe, overrides, ignore)
+    chosen = choose_recipe(recipe, overrides, ignore)
     to = OutputOptions(Path(output), overwrite, max_shard_size, restart, _path(offload_dir))
     if restart or not was_published(to.folder):
         check_output(to.folder, overwrite=overwrite)
@@ -197,8 +197,8 @@ def evaluate(
     )
 
 
-def _recipe(recipe: str | Path | Recipe, overrides: Iterable[str], ignore: Iterable[str]) -> Recipe:
-    """The recipe that is meant, with the overrides and the exceptions."""
+def choose_recipe(recipe: str | Path | Recipe, overrides: Iterable[str], ignore: Iterable[str]) -> Recipe:
+    """The recipe that is meant, with the overrides and the exceptions; see :func:`quantize`."""
     from .recipe import Recipe, load_recipe, override_recipe
 
     if isinstance(recipe, Recipe):

@@ -19,6 +19,7 @@ from rrsq.cli.console import (
     stdout,
 )
 from rrsq.cli.eval import evaluate_and_print
+from rrsq.cli.forecast import print_forecast
 from rrsq.cli.options import (
     DATA,
     HARDWARE,
@@ -34,6 +35,7 @@ from rrsq.cli.options import (
     Restart,
     Seed,
     SequenceLength,
+    resolve_device,
 )
 from rrsq.cli.quantization_bars import QuantizationBars
 from rrsq.errors import UsageError
@@ -48,6 +50,7 @@ __all__ = ["EXAMPLES", "quantize"]
 EVALUATION = "Evaluation"
 EXAMPLES = examples(
     "rrsq quantize meta-llama/Meta-Llama-3-8B -o out/",
+    "rrsq quantize ./model -o out/ --dry-run",
     "rrsq quantize ./model -o out/ --recipe rrs-w4a8kv4 --calibration-data notes.jsonl",
     "rrsq quantize ./model -o out/ --scheme W4A16 --ignore '*.layers.0.*' --tasks wikitext2,kl --limit 24",
     "rrsq quantize ./model -o out/ --calibration calib/",
@@ -71,6 +74,15 @@ def quantize(
         str, typer.Option(help="Largest size of one safetensors file.", rich_help_panel=OUTPUT)
     ] = "5GB",
     restart: Restart = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only say what would come out: sizes, bits, rotations, memory, kernels. Nothing is written,"
+            " and of MODEL only the configuration is read.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     recipe: Annotated[
         str,
         typer.Option(
@@ -145,8 +157,10 @@ def quantize(
     it appears whole or not at all. A run that was stopped, however it was, goes on with the same command.
     """
     import rrsq
+    from rrsq.api import choose_recipe
     from rrsq.quantizer.calibration.workers import is_first_process
     from rrsq.runtime.format.loading import read_info
+    from rrsq.storage import check_output
 
     if calibration is not None:
         _refuse_text_options(context)
@@ -156,6 +170,18 @@ def quantize(
         recipe = scheme_recipe(scheme)
     if limit is not None and tasks is None:
         raise UsageError("--limit is of --tasks, which is not given.")
+    if dry_run:
+        check_output(output, overwrite=overwrite)
+        print_forecast(
+            model,
+            choose_recipe(recipe, assignments or (), ignore or ()),
+            num_samples=0 if calibration is not None else num_samples,
+            sequence_length=sequence_length,
+            device=resolve_device(device),
+            data_root=data_root,
+            offloaded=offload_dir is not None,
+        )
+        return
     quiet_libraries()
     if tasks is not None:
         _check_tasks(tasks, data_root)
