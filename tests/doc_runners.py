@@ -24,6 +24,7 @@ import yaml
 from typer.testing import CliRunner
 
 from doc_pages import REPOSITORY, Command
+from fake_hub import fake_hub
 from forked import exit_codes, forked, torchrun_environments
 from rrsq.cli import main
 from rrsq.cli.app import app
@@ -185,6 +186,13 @@ def run_serve(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -
     rrsq([*words[:place], "--dry-run", *words[place:]])
 
 
+def run_push(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a stand-in for the Hub."""
+    with fake_hub(monkeypatch) as hub:
+        rrsq(command.words[1:])
+        assert "config.json" in hub.repositories[command.words[3]]
+
+
 def run_serving_speed(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without vLLM: each contender takes no time."""
     from rrsq.benchmarking import serving
@@ -272,6 +280,7 @@ def run_pytest(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) 
 # By how a command line starts; the first that fits runs it.
 RUNNERS: dict[str, Runner] = {
     "rrsq serve ": run_serve,
+    "rrsq push ": run_push,
     "rrsq ": run_rrsq,
     "python -m rrsq.lm_eval ": run_lm_eval,
     "python examples/big_model.py ": run_big_model,

@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "HadamardOrderError",
+    "HubError",
     "InterruptedRunError",
     "KernelUnavailableError",
     "ModelLoadError",
@@ -83,6 +84,10 @@ class CheckpointError(RRSQError):
 
 class StorageError(RRSQError):
     """Writing failed: disk full, read-only target, no permission."""
+
+
+class HubError(RRSQError):
+    """The Hugging Face Hub cannot be reached, or refuses a request."""
 
 
 class InterruptedRunError(RRSQError):

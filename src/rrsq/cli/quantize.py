@@ -38,7 +38,7 @@ from rrsq.cli.options import (
     resolve_device,
 )
 from rrsq.cli.quantization_bars import QuantizationBars
-from rrsq.errors import UsageError
+from rrsq.errors import RRSQError, UsageError
 from rrsq.schemes import SCHEMES, scheme_recipe
 
 if TYPE_CHECKING:
@@ -74,6 +74,20 @@ def quantize(
         str, typer.Option(help="Largest size of one safetensors file.", rich_help_panel=OUTPUT)
     ] = "5GB",
     restart: Restart = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME",
+            help="Send the finished checkpoint to this new repository of the Hub.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    private: Annotated[
+        bool,
+        typer.Option(
+            "--private", help="With --push-to-hub: nobody else sees the repository.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -158,6 +172,7 @@ def quantize(
     """
     import rrsq
     from rrsq.api import choose_recipe
+    from rrsq.hub import check_push
     from rrsq.quantizer.calibration.workers import is_first_process
     from rrsq.runtime.format.loading import read_info
     from rrsq.storage import check_output
@@ -170,6 +185,8 @@ def quantize(
         recipe = scheme_recipe(scheme)
     if limit is not None and tasks is None:
         raise UsageError("--limit is of --tasks, which is not given.")
+    if private and push_to_hub is None:
+        raise UsageError("--private is of --push-to-hub, which is not given.")
     if dry_run:
         check_output(output, overwrite=overwrite)
         print_forecast(
@@ -183,6 +200,8 @@ def quantize(
         )
         return
     quiet_libraries()
+    if push_to_hub is not None and is_first_process():
+        check_push(push_to_hub)
     if tasks is not None:
         _check_tasks(tasks, data_root)
     with progress_bar(shown=is_first_process()) as progress:
@@ -216,6 +235,20 @@ def quantize(
             evaluate_and_print(
                 [model, str(output)], tasks, limit=limit, device=device.value, data_root=data_root
             )
+        if push_to_hub is not None:
+            _push(output, push_to_hub, private=private)
+
+
+def _push(output: Path, repository: str, *, private: bool) -> None:
+    """Push, and say that the checkpoint is there whatever comes of it."""
+    from rrsq.hub import push
+
+    try:
+        stdout.print(push(output, repository, private=private))
+    except RRSQError as error:
+        option = " --private" if private else ""
+        message = f"{error} The checkpoint is finished: 'rrsq push {output} {repository}{option}' sends it."
+        raise type(error)(message) from error
 
 
 def _refuse_text_options(context: typer.Context) -> None:
