@@ -24,6 +24,7 @@ import yaml
 from typer.testing import CliRunner
 
 from doc_pages import REPOSITORY, Command
+from fake_hub import fake_hub
 from forked import exit_codes, forked, torchrun_environments
 from rrsq.cli import main
 from rrsq.cli.app import app
@@ -186,6 +187,13 @@ def run_serve(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -
     rrsq([*words[:place], "--dry-run", *words[place:]])
 
 
+def run_push(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a stand-in for the Hub."""
+    with fake_hub(monkeypatch) as hub:
+        rrsq(command.words[1:])
+        assert "config.json" in hub.repositories[command.words[3]]
+
+
 def run_bench_whole(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the contenders' processes, which take no time; the tiny models have little context."""
     from rrsq.benchmarking.whole import plan, process
@@ -292,6 +300,7 @@ RUNNERS: dict[str, Runner] = {
     "rrsq bench --whole ": run_bench_whole,
     "rrsq eval out/ --engine vllm ": run_in_vllm,
     'rrsq generate out/ "The capital of France is" --engine vllm': run_in_vllm,
+    "rrsq push ": run_push,
     "rrsq ": run_rrsq,
     "python -m rrsq.lm_eval ": run_lm_eval,
     "python examples/big_model.py ": run_big_model,

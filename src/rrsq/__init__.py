@@ -1,5 +1,6 @@
 """rrsq: real INT4 weights, activations and KV cache for Hugging Face LLMs, with Rotated Runtime Smooth.
 
+``rrsq.quantize`` makes a checkpoint, ``rrsq.load`` loads it, ``rrsq.evaluate`` measures it (docs/python.md).
 ``import rrsq`` lets ``transformers.AutoModelForCausalLM.from_pretrained`` load rrsq checkpoints, and PEFT
 train LoRA adapters beside them; it imports none of torch, transformers and PEFT itself.
 """
@@ -13,7 +14,9 @@ from ._register import register
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["__version__", "load"]
+    from .api import evaluate, quantize
+
+__all__ = ["__version__", "evaluate", "load", "quantize"]
 __version__ = "0.1.0"
 
 register()
@@ -36,3 +39,16 @@ def load(path: str, *, device: str = "auto", dtype: str = "auto", **kwargs: Any)
     from .runtime.format.loading import load_model
 
     return load_model(path, device=device, dtype=dtype, **kwargs)
+
+
+def __getattr__(name: str) -> Any:
+    """The functions of :mod:`rrsq.api`, imported when they are first asked for."""
+    if name not in ("evaluate", "quantize"):
+        raise AttributeError(f"module 'rrsq' has no attribute '{name}'")
+    from . import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

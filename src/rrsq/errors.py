@@ -15,6 +15,7 @@ __all__ = [
     "DataError",
     "EngineError",
     "HadamardOrderError",
+    "HubError",
     "InterruptedRunError",
     "KernelUnavailableError",
     "ModelLoadError",
@@ -84,6 +85,10 @@ class CheckpointError(RRSQError):
 
 class StorageError(RRSQError):
     """Writing failed: disk full, read-only target, no permission."""
+
+
+class HubError(RRSQError):
+    """The Hugging Face Hub cannot be reached, or refuses a request."""
 
 
 class InterruptedRunError(RRSQError):

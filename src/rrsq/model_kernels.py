@@ -85,13 +85,13 @@ class ModelKernels:
 
 
 def examine_model(
-    name: str, recipe_name: str | None, target: Target, data_root: Path | None = None
+    name: str, wanted: str | Recipe | None, target: Target, data_root: Path | None = None
 ) -> ModelKernels:
     """Say which kernels would serve the inputs of a model. Its weights are neither fetched nor read.
 
     Args:
         name: checkpoint, Hub id, Hugging Face folder or ``.gguf`` file.
-        recipe_name: name or path; None for that of a checkpoint, or the default.
+        wanted: a recipe, its name or path; None for that of a checkpoint, or the default.
         target: where the model would run.
         data_root: as the option of that name.
 
@@ -116,7 +116,7 @@ def examine_model(
     described = getattr(config, "quantization_config", None)
     own = described if isinstance(described, dict) else {}
     quantized = own.get("quant_method") == QUANT_METHOD
-    if quantized and recipe_name is not None:
+    if quantized and wanted is not None:
         raise UsageError(f"'{name}' is quantized already: leave out --recipe, its own is looked at.")
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     model = empty_model(config, dtype)
@@ -124,7 +124,9 @@ def examine_model(
         info = parse_info(own)
         recipe, rotations = info.recipe, info.rotation.rotations()
     else:
-        recipe = load_recipe(recipe_name or DEFAULT_RECIPE)
+        recipe = (
+            load_recipe(wanted or DEFAULT_RECIPE) if wanted is None or isinstance(wanted, str) else wanted
+        )
         check_recipe(recipe, family, model)
         rotations = make_rotations(
             recipe.rotation, family.sizes(config), seed=0, folds_residual=family.folds_residual

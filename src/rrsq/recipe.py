@@ -28,6 +28,7 @@ __all__ = [
     "Smoothing",
     "Weights",
     "load_recipe",
+    "override_recipe",
     "parse_recipe",
     "recipe_names",
 ]
@@ -316,6 +317,18 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         _assign(data, override)
     return parse_recipe(data, str(path))
+
+
+def override_recipe(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """The recipe with ``key=value`` overrides, as :func:`load_recipe` takes them.
+
+    Raises:
+        RecipeError: unknown key or invalid value.
+    """
+    data = recipe.model_dump(mode="json")
+    for override in overrides:
+        _assign(data, override)
+    return parse_recipe(data, recipe.name)
 
 
 def parse_recipe(data: Any, source: str) -> Recipe:

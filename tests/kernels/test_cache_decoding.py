@@ -1,4 +1,4 @@
-"""Appending to, attending to and reading a quantized cache: references against float64, kernels against them."""
+"""A quantized cache appended to, attended to and read: references against float64, kernels against those."""
 
 from __future__ import annotations
 
@@ -116,7 +116,11 @@ class Cache:
         )
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                kept = value.dtype if name in ("offset", "value_offset") or not value.is_floating_point() else None
+                kept = (
+                    value.dtype
+                    if name in ("offset", "value_offset") or not value.is_floating_point()
+                    else None
+                )
                 double = value.dtype == torch.float64
                 setattr(self, name, value.to(device, value.dtype if kept or double else case.dtype))
         self.pages = CachePages(*(x if x is None else x.to(device) for x in self.pages))

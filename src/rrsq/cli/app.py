@@ -32,6 +32,8 @@ from rrsq.cli.inspect import EXAMPLES as INSPECT_EXAMPLES
 from rrsq.cli.inspect import inspect as inspect_checkpoint
 from rrsq.cli.models import EXAMPLES as MODELS_EXAMPLES
 from rrsq.cli.models import models
+from rrsq.cli.push import EXAMPLES as PUSH_EXAMPLES
+from rrsq.cli.push import push
 from rrsq.cli.quantize import EXAMPLES as QUANTIZE_EXAMPLES
 from rrsq.cli.quantize import quantize
 from rrsq.cli.recipes import EXAMPLES as RECIPES_EXAMPLES
@@ -77,6 +79,7 @@ _add("eval", evaluate, EVAL_EXAMPLES, MEASURE)
 _add("compare", compare, COMPARE_EXAMPLES, MEASURE)
 _add("bench", bench, BENCH_EXAMPLES, MEASURE)
 _add("generate", generate, GENERATE_EXAMPLES, LOOK)
+_add("push", push, PUSH_EXAMPLES, LOOK)
 _add("serve", serve, SERVE_EXAMPLES, LOOK)
 _add("inspect", inspect_checkpoint, INSPECT_EXAMPLES, LOOK)
 _add("doctor", doctor, DOCTOR_EXAMPLES, LOOK)

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from rrsq.doctor import Finding
     from rrsq.model_kernels import ModelKernels, Step
+    from rrsq.recipe import Recipe
 
-__all__ = ["EXAMPLES", "doctor"]
+__all__ = ["EXAMPLES", "doctor", "report_kernels"]
 
 EXAMPLES = examples(
     "rrsq doctor",
@@ -60,7 +61,7 @@ def doctor(
     eager reference would serve are named with the reason.
     """
     if model is not None:
-        _report_model(model, recipe, data_root)
+        report_kernels(model, recipe, data_root)
         return
     if recipe is not None:
         raise UsageError("--recipe goes with a MODEL: rrsq doctor MODEL --recipe NAME.")
@@ -94,7 +95,13 @@ def _table(title: str, section: tuple[Finding, ...]) -> Table:
     return table
 
 
-def _report_model(name: str, recipe: str | None, data_root: Path | None) -> None:
+def report_kernels(name: str, recipe: str | Recipe | None, data_root: Path | None) -> None:
+    """Print which kernels would serve a model.
+
+    Raises:
+        typer.Exit: with 1, if no kernel can serve an input.
+        RRSQError: as :func:`rrsq.model_kernels.examine_model`.
+    """
     import torch
 
     from rrsq.kernels.operation import Target

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rrsq.cli.completion import complete_model, complete_tasks
 from rrsq.cli.console import examples, print_note, print_warning, progress_bar, quiet_libraries, stdout
 from rrsq.cli.evaluation_bars import EvaluationBars
 from rrsq.cli.options import (
@@ -28,13 +29,12 @@ from rrsq.cli.options import (
     check_output_file,
     parse_batch_size,
     refuse_for_engine,
-    resolve_device,
 )
 
 if TYPE_CHECKING:
     from rrsq.evaluation.scores import EvaluationReport
 
-__all__ = ["EXAMPLES", "evaluate", "print_report"]
+__all__ = ["EXAMPLES", "evaluate", "evaluate_and_print", "print_report"]
 
 EXAMPLES = examples(
     "rrsq eval HuggingFaceTB/SmolLM2-135M out/ --tasks wikitext2,kl,arc_e,arc_c,boolq,obqa",
@@ -52,6 +52,7 @@ def evaluate(
             metavar="MODEL...",
             help="Quantized checkpoints, local Hugging Face folders, or Hub ids. With several, the first is "
             "the reference that the others are compared with: name the full-precision model first.",
+            autocompletion=complete_model,
         ),
     ],
     tasks: Annotated[
@@ -64,6 +65,7 @@ def evaluate(
             "probabilities from the reference's, on WikiText-2 or a file. [bold]arc_e arc_c boolq obqa piqa "
             "winogrande hellaswag lambada mmlu[/bold], or any other name that lm-eval knows: its tasks.",
             rich_help_panel=DATA,
+            autocompletion=complete_tasks,
         ),
     ] = "wikitext2",
     baseline: Annotated[
@@ -140,46 +142,39 @@ def evaluate(
     refuse_for_engine(context, engine, "batch_size")
     size = parse_batch_size(batch_size)
 
-    from rrsq.evaluation.run import check_comparison, evaluate_models, prepare_tasks
-    from rrsq.evaluation.scores import EvaluationReport, write_json
-    from rrsq.evaluation.served import EngineSettings, check_served, evaluate_served
-    from rrsq.evaluation.tasks import TaskOptions, parse_tasks
-    from rrsq.vllm.engine import parse_engine_options
-
-    options = TaskOptions(
-        sequence_length=sequence_length,
+    report = evaluate_and_print(
+        models if baseline is None else [baseline, *models],
+        tasks,
+        engine=engine.value,
+        tensor_parallel_size=tensor_parallel_size,
+        engine_options=engine_options,
         bos=bos.value,
         limit=limit,
-        batch_size=size,
         num_fewshot=num_fewshot,
+        sequence_length=sequence_length,
+        batch_size=size,
+        device=device.value,
+        dtype=dtype.value,
         data_root=data_root,
     )
-    compared = models if baseline is None else [baseline, *models]
-    parsed = parse_tasks(tasks)
-    settings = EngineSettings(tensor_parallel_size, dtype.value, parse_engine_options(engine_options))
-    if engine is EngineName.VLLM:
-        warning = check_served(compared, parsed, data_root, settings)
-        if warning is not None:
-            print_warning(warning)
+    if json_path is not None:
+        from rrsq.evaluation.scores import write_json
+
+        write_json(json_path, report.to_dict())
+        print_note(f"Wrote {json_path}")
+
+
+def evaluate_and_print(models: list[str], tasks: str, **options: Any) -> EvaluationReport:
+    """Call ``rrsq.evaluate`` with progress bars, and print what it found; ``options`` are its own."""
+    import rrsq
+
     quiet_libraries()
     with progress_bar() as progress:
         bars = EvaluationBars(progress)
-        bars.say("finding tasks and their data")
-        prepare_tasks(parsed, options)
-        check_comparison(compared, parsed, options)
-        if engine is EngineName.VLLM:
-            reports = evaluate_served(compared, parsed, options, settings, bars.show)
-        else:
-            place = resolve_device(device)
-            reports = evaluate_models(
-                compared, parsed, options, device=place, dtype=dtype.value, on_step=bars.show
-            )
+        report = rrsq.evaluate(models, tasks, on_step=bars.show, on_warning=print_warning, **options)
         bars.finish()
-    report = EvaluationReport.of(reports)
     print_report(report)
-    if json_path is not None:
-        write_json(json_path, report.to_dict())
-        print_note(f"Wrote {json_path}")
+    return report
 
 
 def print_report(report: EvaluationReport) -> None:

@@ -36,7 +36,8 @@ class EvaluationBars:
             else:
                 self._progress.reset(self._bar, total=None)
             self._current, self._counted = (model, doing), False
-        label = f"{model.rstrip('/').rsplit('/', 1)[-1] or model}: {doing}"
+        name = model.rstrip("/").rsplit("/", 1)[-1] or model
+        label = f"{name}: {doing}" if name else doing
         self._progress.update(self._bar, description=f"{label}, {so_far}" if so_far else label)
         if total:
             self._counted = True

@@ -1,4 +1,4 @@
-"""``rrsq inspect``: what is in a checkpoint."""
+"""``rrsq inspect``: what is in a checkpoint, or what would be in one."""
 
 from __future__ import annotations
 
@@ -8,43 +8,75 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from rrsq.cli.completion import complete_model
 from rrsq.cli.console import examples, human_bytes, printable, stdout
-from rrsq.errors import CheckpointError, ModelLoadError
+from rrsq.cli.forecast import print_forecast
+from rrsq.cli.options import DataRoot, DeviceName, resolve_device
+from rrsq.errors import UsageError
 
 if TYPE_CHECKING:
     from rrsq.runtime.format.format import CheckpointInfo
 
 __all__ = ["EXAMPLES", "inspect"]
 
-EXAMPLES = examples("rrsq inspect out/", "rrsq inspect out/ --layers")
+EXAMPLES = examples(
+    "rrsq inspect out/", "rrsq inspect out/ --layers", "rrsq inspect HuggingFaceTB/SmolLM2-135M"
+)
 
 
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an rrsq checkpoint.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="OUT|MODEL",
+            help="Folder of an rrsq checkpoint; or a model: Hub id, Hugging Face folder or .gguf file.",
+            autocompletion=complete_model,
+        ),
+    ],
     layers: Annotated[
         bool,
         typer.Option("--layers", help="Also list each layer's signal-to-noise ratios and cache error."),
     ] = False,
+    data_root: DataRoot = None,
 ) -> None:
     """Print what is in a checkpoint: recipe, rotations, sizes, how it was calibrated.
 
-    Only headers are read, so it answers at once whatever the model's size.
+    Only headers are read, so it answers at once whatever the model's size. Of a model that is not quantized:
+    its architecture and size, and what 'rrsq quantize' would make of it by its defaults.
     """
     from rrsq.runtime.format.describe import checkpoint_contents
-    from rrsq.runtime.format.format import parse_info
     from rrsq.runtime.format.json_files import read_config
-    from rrsq.runtime.format.loading import is_checkpoint
+    from rrsq.runtime.format.loading import is_checkpoint, locate_model, read_info
 
-    if not (checkpoint / "config.json").is_file():
-        raise ModelLoadError(f"'{checkpoint}' is no checkpoint: there is no config.json in it.")
-    config = read_config(checkpoint)
-    if not is_checkpoint(str(checkpoint)):
-        raise CheckpointError(f"'{checkpoint}' is a model, but none that rrsq quantized.")
-    info = parse_info(config["quantization_config"])
-    stdout.print(_overview(checkpoint, config, info))
+    located, _ = locate_model(model, data_root)
+    if not is_checkpoint(located):
+        if layers:
+            raise UsageError(f"--layers is of a checkpoint, and '{model}' is none that rrsq quantized.")
+        _forecast(model, data_root)
+        return
+    checkpoint = Path(located)
+    info = read_info(checkpoint)
+    stdout.print(_overview(checkpoint, read_config(checkpoint), info))
     stdout.print(_tensors(checkpoint_contents(checkpoint)))
     if layers:
         stdout.print(_layers(info))
+
+
+def _forecast(model: str, data_root: Path | None) -> None:
+    """What the defaults of ``rrsq quantize`` would give."""
+    from rrsq.model_kernels import DEFAULT_RECIPE
+    from rrsq.quantizer.production.produce import CalibrationText
+    from rrsq.recipe import load_recipe
+
+    text = CalibrationText()
+    print_forecast(
+        model,
+        load_recipe(DEFAULT_RECIPE),
+        num_samples=text.num_samples,
+        sequence_length=text.sequence_length,
+        device=resolve_device(DeviceName.AUTO),
+        data_root=data_root,
+    )
 
 
 def _overview(checkpoint: Path, config: dict[str, Any], info: CheckpointInfo) -> Table:

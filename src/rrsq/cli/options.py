@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from rrsq.cli.completion import complete_model
 from rrsq.errors import UsageError
 
 __all__ = [
@@ -106,6 +107,7 @@ EngineOptions = Annotated[
     ),
 ]
 
+
 class BosName(str, Enum):
     """Whether each window of text begins with the BOS token."""
 
@@ -116,7 +118,11 @@ class BosName(str, Enum):
 
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A Hub id, a local Hugging Face folder, or a .gguf file."),
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hub id, a local Hugging Face folder, or a .gguf file.",
+        autocompletion=complete_model,
+    ),
 ]
 DataRoot = Annotated[
     Path | None,
@@ -201,12 +207,9 @@ def parse_batch_size(text: str) -> int | None:
 
 def resolve_device(device: DeviceName) -> str:
     """Return ``cpu`` or ``cuda``. Raises :class:`UsageError` if CUDA is asked for and missing."""
-    import torch
+    from rrsq.devices import find_device
 
-    available = torch.cuda.is_available()
-    if device is DeviceName.CUDA and not available:
-        raise UsageError("--device cuda: torch sees no CUDA device. Use --device cpu or auto.")
-    return "cuda" if available and device is not DeviceName.CPU else "cpu"
+    return find_device(device.value)
 
 
 def given(context: typer.Context, name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from rrsq.cli.completion import complete_recipe, complete_scheme, complete_tasks
 from rrsq.cli.console import (
     examples,
     human_bytes,
@@ -17,6 +18,8 @@ from rrsq.cli.console import (
     quiet_libraries,
     stdout,
 )
+from rrsq.cli.eval import evaluate_and_print
+from rrsq.cli.forecast import print_forecast
 from rrsq.cli.options import (
     DATA,
     HARDWARE,
@@ -38,17 +41,21 @@ from rrsq.cli.options import (
     resolve_device,
 )
 from rrsq.cli.quantization_bars import QuantizationBars
-from rrsq.errors import UsageError
+from rrsq.errors import RRSQError, UsageError
+from rrsq.schemes import SCHEMES, scheme_recipe
 
 if TYPE_CHECKING:
-    from rrsq.quantizer.production.produce import CalibrationText, OutputOptions, Produced
-    from rrsq.recipe import Recipe
+    from rrsq.quantizer.outcome import QuantizationReport
+    from rrsq.runtime.format.format import CheckpointInfo
 
 __all__ = ["EXAMPLES", "quantize"]
 
+EVALUATION = "Evaluation"
 EXAMPLES = examples(
     "rrsq quantize meta-llama/Meta-Llama-3-8B -o out/",
+    "rrsq quantize ./model -o out/ --dry-run",
     "rrsq quantize ./model -o out/ --recipe rrs-w4a8kv4 --calibration-data notes.jsonl",
+    "rrsq quantize ./model -o out/ --scheme W4A16 --ignore '*.layers.0.*' --tasks wikitext2,kl --limit 24",
     "rrsq quantize ./model -o out/ --calibration calib/",
     "rrsq quantize model.gguf -o out/ --set activations.smoothing.group_size=32 --num-samples 32",
 )
@@ -70,14 +77,55 @@ def quantize(
         str, typer.Option(help="Largest size of one safetensors file.", rich_help_panel=OUTPUT)
     ] = "5GB",
     restart: Restart = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME",
+            help="Send the finished checkpoint to this new repository of the Hub.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    private: Annotated[
+        bool,
+        typer.Option(
+            "--private", help="With --push-to-hub: nobody else sees the repository.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only say what would come out: sizes, bits, rotations, memory, kernels. Nothing is written,"
+            " and of MODEL only the configuration is read.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     recipe: Annotated[
         str,
         typer.Option(
             help="Name of a recipe ('rrsq recipes' lists them) or path of a YAML file.",
             rich_help_panel=RECIPE,
+            autocompletion=complete_recipe,
         ),
     ] = "rrs-w4a4kv4",
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(SCHEMES),
+            help="Bits of weights, activations and cache, in place of --recipe: the recipe for them.",
+            rich_help_panel=RECIPE,
+            autocompletion=complete_scheme,
+        ),
+    ] = None,
     assignments: Assignments = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Keep the linears of this pattern in 16 bits, such as '*.o_proj'. May be repeated.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
     calibration_data: CalibrationData = "wikitext2",
     calibration: Annotated[
         Path | None,
@@ -93,6 +141,23 @@ def quantize(
     seed: Seed = 0,
     bos: Bos = BosName.AUTO,
     data_root: DataRoot = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK[,TASK...]",
+            help="Measure MODEL and OUT at the end, as 'rrsq eval' does.",
+            rich_help_panel=EVALUATION,
+            autocompletion=complete_tasks,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --tasks: only the first so many windows of a text and questions of a task.",
+            rich_help_panel=EVALUATION,
+        ),
+    ] = None,
     device: Device = DeviceName.AUTO,
     offload_dir: Annotated[
         Path | None,
@@ -109,20 +174,86 @@ def quantize(
     packed. OUT is an ordinary Hugging Face folder that loads with AutoModelForCausalLM once rrsq is imported;
     it appears whole or not at all. A run that was stopped, however it was, goes on with the same command.
     """
-    from rrsq.quantizer.production.output_shards import parse_size
-    from rrsq.quantizer.production.produce import CalibrationText, OutputOptions
-    from rrsq.recipe import load_recipe
+    import rrsq
+    from rrsq.api import choose_recipe
+    from rrsq.hub import check_push
+    from rrsq.quantizer.calibration.workers import is_first_process
+    from rrsq.runtime.format.loading import read_info
+    from rrsq.storage import check_output
 
-    chosen = load_recipe(recipe, assignments or ())
-    parse_size(max_shard_size)
-    text: CalibrationText | Path = CalibrationText(
-        calibration_data, num_samples, sequence_length, seed, bos.value
-    )
     if calibration is not None:
         _refuse_text_options(context)
-        text = calibration
-    out = OutputOptions(output, overwrite, max_shard_size, restart, offload_dir)
-    _run(model, chosen, out, text, seed=seed, data_root=data_root, device=device)
+    if scheme is not None:
+        if given(context, "recipe"):
+            raise UsageError("--scheme stands for a recipe. Leave out --recipe or --scheme.")
+        recipe = scheme_recipe(scheme)
+    if limit is not None and tasks is None:
+        raise UsageError("--limit is of --tasks, which is not given.")
+    if private and push_to_hub is None:
+        raise UsageError("--private is of --push-to-hub, which is not given.")
+    if dry_run:
+        check_output(output, overwrite=overwrite)
+        print_forecast(
+            model,
+            choose_recipe(recipe, assignments or (), ignore or ()),
+            num_samples=0 if calibration is not None else num_samples,
+            sequence_length=sequence_length,
+            device=resolve_device(device),
+            data_root=data_root,
+            offloaded=offload_dir is not None,
+        )
+        return
+    quiet_libraries()
+    if push_to_hub is not None and is_first_process():
+        check_push(push_to_hub)
+    if tasks is not None:
+        _check_tasks(tasks, data_root)
+    with progress_bar(shown=is_first_process()) as progress:
+        bars = QuantizationBars(progress, "tokenizer and calibration text")
+        report = rrsq.quantize(
+            model,
+            output,
+            recipe=recipe,
+            overrides=assignments or (),
+            ignore=ignore or (),
+            calibration_data=calibration_data,
+            num_samples=num_samples,
+            sequence_length=sequence_length,
+            bos=bos.value,
+            seed=seed,
+            calibration=calibration,
+            device=device.value,
+            data_root=data_root,
+            overwrite=overwrite,
+            restart=restart,
+            max_shard_size=max_shard_size,
+            offload_dir=offload_dir,
+            on_step=bars.show,
+            on_note=print_note,
+        )
+        bars.finish()
+    if is_first_process():
+        stdout.print(_summary(report, read_info(output), output))
+        if tasks is None:
+            print_note(f"Next: rrsq eval {model} {output}")
+        else:
+            evaluate_and_print(
+                [model, str(output)], tasks, limit=limit, device=device.value, data_root=data_root
+            )
+        if push_to_hub is not None:
+            _push(output, push_to_hub, private=private)
+
+
+def _push(output: Path, repository: str, *, private: bool) -> None:
+    """Push, and say that the checkpoint is there whatever comes of it."""
+    from rrsq.hub import push
+
+    try:
+        stdout.print(push(output, repository, private=private))
+    except RRSQError as error:
+        option = " --private" if private else ""
+        message = f"{error} The checkpoint is finished: 'rrsq push {output} {repository}{option}' sends it."
+        raise type(error)(message) from error
 
 
 def _refuse_text_options(context: typer.Context) -> None:
@@ -135,70 +266,27 @@ def _refuse_text_options(context: typer.Context) -> None:
             )
 
 
-def _run(
-    model: str,
-    recipe: Recipe,
-    output: OutputOptions,
-    text: CalibrationText | Path,
-    *,
-    seed: int,
-    data_root: Path | None,
-    device: DeviceName,
-) -> None:
-    import torch
+def _check_tasks(tasks: str, data_root: Path | None) -> None:
+    """Refuse a task that there is not, or without data, before hours are spent."""
+    from rrsq.evaluation.run import prepare_tasks
+    from rrsq.evaluation.tasks import TaskOptions, parse_tasks
 
-    from rrsq.quantizer.calibration.workers import joined_workers
-    from rrsq.quantizer.needs import needs_calibration
-    from rrsq.quantizer.production.produce import (
-        check_source,
-        load_calibration,
-        open_calibration,
-        produce_checkpoint,
-    )
-    from rrsq.runtime.format.loading import load_tokenizer
-    from rrsq.storage import check_output
-    from rrsq.work_folder import was_published
-
-    if output.restart or not was_published(output.folder):
-        check_output(output.folder, overwrite=output.overwrite)
-    quiet_libraries()
-    device_name = resolve_device(device)
-    family = check_source(model, data_root)
-    calibration = open_calibration(text, recipe, seed) if isinstance(text, Path) else None
-    with joined_workers(torch.device(device_name)) as workers:
-        first = workers.rank == 0
-        with progress_bar(shown=first) as progress:
-            bars = QuantizationBars(progress, "tokenizer and calibration text")
-            tokenizer = load_tokenizer(model, data_root)
-            if not isinstance(text, Path) and needs_calibration(recipe):
-                calibration = load_calibration(tokenizer, family, text, data_root)
-            produced = produce_checkpoint(
-                model,
-                recipe,
-                output,
-                tokenizer,
-                calibration,
-                seed=seed,
-                device=device_name,
-                data_root=data_root,
-                workers=workers,
-                on_step=bars.show,
-                on_note=print_note if first else lambda note: None,
-            )
-            bars.finish()
-        if first:
-            stdout.print(_summary(produced, output.folder))
-            print_note(f"Next: rrsq eval {model} {output.folder}")
+    prepare_tasks(parse_tasks(tasks), TaskOptions(data_root=data_root))
 
 
-def _summary(produced: Produced, output: Path) -> Table:
+def _summary(report: QuantizationReport, info: CheckpointInfo, output: Path) -> Table:
     """The table at the end of a run."""
-    from rrsq.runtime.format.describe import describe_exceptions, describe_rotation
+    from rrsq.runtime.format.describe import (
+        checkpoint_contents,
+        describe_exceptions,
+        describe_rotation,
+        stored_bits,
+    )
 
-    info, report = produced.info, produced.report
     table = Table(title=f"{output} ({info.recipe.name})", show_header=False, title_justify="left")
     before, after = report.bytes_before, report.bytes_after
     table.add_row("size of weights", f"{human_bytes(before)} → {human_bytes(after)} ({after / before:.0%})")
+    table.add_row("bits per weight", stored_bits(checkpoint_contents(output)))
     table.add_row("time", human_seconds(report.seconds))
     table.add_row("peak memory", human_bytes(report.peak_memory))
     if report.peak_gpu_memory is not None:

@@ -26,8 +26,8 @@ __all__ = [
 ]
 
 StepCallback = Callable[[str, str, int, int, str], None]
-"""Called with the model's path, what is done with it (a task's names, or loading), the items done and in all
-(0 while that is not known), and the result so far in words."""
+"""Called with the model's path (empty before the first), what is done with it (a task's names, or loading),
+the items done and in all (0 while that is not known), and the result so far in words."""
 
 
 def prepare_tasks(tasks: Sequence[Task], options: TaskOptions) -> None:

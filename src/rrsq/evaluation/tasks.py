@@ -93,6 +93,11 @@ class TaskKind:
     """The argument that is meant without a colon; None if it must be given."""
     factory: TaskFactory
 
+    @property
+    def must_be_given(self) -> bool:
+        """Whether its name without an argument says nothing."""
+        return self.argument is not None and self.default is None
+
 
 _REGISTRY: dict[str, TaskKind] = {}
 

@@ -13,7 +13,7 @@ found before RoPE and is rotated to the key's position ``p``, is taken off, and 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,11 @@ class CachePages(NamedTuple):
     def block_size(self) -> int:
         """Tokens a block."""
         return self.key_codes.shape[2]
+
+    def clone(self) -> CachePages:
+        """A copy of all of it."""
+        copies: list[Any] = [None if tensor is None else tensor.clone() for tensor in self]
+        return CachePages(*copies)
 
 
 def page_shapes(head_dim: int, bits: int, group_size: int) -> tuple[int, int]:
@@ -119,9 +124,7 @@ def angles(positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor
     return (turned.cos() * scale).float(), (turned.sin() * scale).float()
 
 
-def offset_keys(
-    offset: Tensor, positions: Tensor, frequencies: Tensor | None, scale: float
-) -> Tensor:
+def offset_keys(offset: Tensor, positions: Tensor, frequencies: Tensor | None, scale: float) -> Tensor:
     """RoPE of the keys' offset, float32 ``[batch, kv_heads, tokens, head_dim]``.
 
     Args:
@@ -239,7 +242,7 @@ def dequantized_halves(
     PADDED: tl.constexpr,
     MINIMUM: tl.constexpr,
 ):
-    """The lower and the upper half of the channels of ``ROWS`` cached tokens, float16 ``[ROWS, PADDED]`` each.
+    """Lower and upper half of the channels of ``ROWS`` cached tokens, float16 ``[ROWS, PADDED]`` each.
 
     ``code_rows``, ``scale_rows``: where each token's codes and scales begin. What is not ``valid`` and what
     lies beyond ``HALF`` channels is finite (zero codes, zero scale).
@@ -284,7 +287,7 @@ def turned(turns):
 
 @triton.jit
 def _product(x, matrix):
-    """``x`` times a matrix of ±1, float32: its 16-bit parts one by one, since the matrix is exact in 16 bits."""
+    """``x`` times a matrix of ±1, which is exact in 16 bits, float32: by parts of 16 bits."""
     if not _COMPILED:
         return tl.dot(x.to(tl.float32), matrix.to(tl.float32), input_precision="ieee")
     if x.dtype == tl.float32:
@@ -297,7 +300,7 @@ def _product(x, matrix):
 
 @triton.jit
 def rotated_halves(low, high, signs, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
-    """``x H``, float32, of the two halves of the channels of some rows; ``signs`` int8, ``sqrt(HEAD_DIM) H``."""
+    """``x H``, float32, of the halves of the channels of some rows; ``signs`` int8, ``sqrt(HEAD_DIM) H``."""
     channel = tl.arange(0, PADDED)
     inside = channel < HALF
     square = inside[:, None] & inside[None, :]

@@ -69,7 +69,7 @@ def cache_append(
         key_offset, value_offset: float32 ``[kv_heads, head_dim]``, or None.
         frequencies, rope_scale: see :func:`~rrsq.kernels.cache.offset_keys`.
     """
-    batch, kv_heads, tokens, head_dim = keys.shape
+    batch, _, tokens, head_dim = keys.shape
     block_size = key_codes.shape[2]
     if slots.shape[0] == 1 and slots.dtype == torch.int32:
         rows = slots + torch.arange(tokens, device=keys.device)
@@ -93,7 +93,10 @@ def cache_append(
         y = y @ (value_signs.float() * head_dim**-0.5)
     kept = (block >= 0).flatten()
     index = block.flatten()[kept], place.flatten()[kept]
-    for tensor, stored in ((x, (key_codes, key_scale, key_minimum)), (y, (value_codes, value_scale, value_minimum))):
+    for tensor, stored in (
+        (x, (key_codes, key_scale, key_minimum)),
+        (y, (value_codes, value_scale, value_minimum)),
+    ):
         bits, groups = stored[0].shape[-1] * 8 // head_dim, stored[1].shape[-1]
         new = encode_cache(tensor, bits, head_dim // groups, stored[2] is not None)
         for into, part in zip(stored, new, strict=True):
@@ -174,10 +177,13 @@ def _store_encoded(
         in_low = (inside & (of_low == group))[None, :]
         in_high = (inside & (of_high == group))[None, :]
         # NaN is passed over by minima and maxima, and comes in last.
-        spoilt = tl.max((in_low & (low != low)).to(tl.int32), 1) + tl.max((in_high & (high != high)).to(tl.int32), 1)
+        spoilt = tl.max((in_low & (low != low)).to(tl.int32), 1) + tl.max(
+            (in_high & (high != high)).to(tl.int32), 1
+        )
         if MINIMUM:
             least = tl.minimum(
-                tl.min(tl.where(in_low, low, float("inf")), 1), tl.min(tl.where(in_high, high, float("inf")), 1)
+                tl.min(tl.where(in_low, low, float("inf")), 1),
+                tl.min(tl.where(in_high, high, float("inf")), 1),
             )
             most = tl.maximum(
                 tl.max(tl.where(in_low, low, float("-inf")), 1),

@@ -3,8 +3,8 @@
 Nothing is dequantized into memory. With what :mod:`.cache` stores of a key, ``c = (k - RoPE_p(mu)) H``, and a
 query ``q`` after RoPE, ``q · k = (q H) · c + q · RoPE_p(mu)``: the query is rotated once, and the offset is a
 number a key. With ``A = q_a mu_a + q_b mu_b`` and ``B = q_b mu_a - q_a mu_b`` for each pair ``(a, b)`` of
-channels that RoPE turns, ``q · RoPE_p(mu) = sum A cos(p f) + B sin(p f)``. In a tile of keys ``p = p_0 + j``:
-turning ``(A, B)`` back by ``p_0 f`` leaves a product with the constant matrix of ``cos(j f)`` and ``sin(j f)``.
+channels that RoPE turns, ``q · RoPE_p(mu) = sum A cos(p f) + B sin(p f)``. In a tile of keys, ``p = p_0 + j``,
+turning ``(A, B)`` back by ``p_0 f`` leaves a product with the constant ``cos(j f)`` and ``sin(j f)``.
 """
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
@@ -99,7 +99,8 @@ def cache_attend(
         (value_codes, value_scale, value_minimum),
     ):
         parts = [None if x is None else _gathered(x, block_table, longest) for x in (codes, scale, minimum)]
-        assert parts[0] is not None and parts[1] is not None
+        assert parts[0] is not None
+        assert parts[1] is not None
         pages.append(decode_cache(parts[0], parts[1], parts[2], codes.shape[-1] * 8 // head_dim))
     keys, values = pages
     if signs is not None:
@@ -232,7 +233,9 @@ def _attend_kernel(
         means = key_offset + kv_head * HEAD_DIM
         if 2 * PAIRS < HEAD_DIM:
             low_rest = tl.load(means + channel, mask=inside & (channel >= 2 * PAIRS), other=0.0)
-            high_rest = tl.load(means + channel + HALF, mask=inside & (channel + HALF >= 2 * PAIRS), other=0.0)
+            high_rest = tl.load(
+                means + channel + HALF, mask=inside & (channel + HALF >= 2 * PAIRS), other=0.0
+            )
             constant += tl.sum(q_low.to(tl.float32) * low_rest[None, :], 1)
             constant += tl.sum(q_high.to(tl.float32) * high_rest[None, :], 1)
         if PAIRS > 0:
@@ -289,7 +292,9 @@ def _attend_kernel(
         key = start + tl.arange(0, TILE)
         valid = key < end
         if PAGED:
-            block = tl.load(table + batch * table_stride + key // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+            block = tl.load(table + batch * table_stride + key // BLOCK_SIZE, mask=valid, other=0).to(
+                tl.int64
+            )
             place = key % BLOCK_SIZE
         else:
             block = batch
@@ -326,7 +331,10 @@ def _attend_kernel(
             place_in_mask = column + key - begin
             shown = valid & (place_in_mask < mask_columns)
             flags = tl.load(
-                mask + batch * mask_stride_batch + (token * mask_stride_token)[:, None] + place_in_mask[None, :],
+                mask
+                + batch * mask_stride_batch
+                + (token * mask_stride_token)[:, None]
+                + place_in_mask[None, :],
                 mask=shown[None, :] & present[:, None],
                 other=1,
             )

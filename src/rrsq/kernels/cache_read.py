@@ -19,7 +19,8 @@ _TILE = 32
 
 def _fake(like: Tensor, key_codes: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     batch, kv_heads, begin, end = like.shape[0], key_codes.shape[1], args[5], args[6]
-    assert isinstance(begin, int) and isinstance(end, int)
+    assert isinstance(begin, int)
+    assert isinstance(end, int)
     shape = (batch, kv_heads, end - begin, like.shape[-1])
     return like.new_empty(shape), like.new_empty(shape)
 
@@ -75,7 +76,8 @@ def cache_read(
         (value_codes, value_scale, value_minimum, value_signs),
     ):
         parts = [None if x is None else _between(x, block_table, begin, end) for x in (codes, scale, minimum)]
-        assert parts[0] is not None and parts[1] is not None
+        assert parts[0] is not None
+        assert parts[1] is not None
         x = decode_cache(parts[0], parts[1], parts[2], codes.shape[-1] * 8 // head_dim)
         read.append(x if signs is None else x @ (signs.float().t() * head_dim**-0.5))
     keys, values = read

@@ -2,9 +2,9 @@
 
 A decode step of an 8B model launches thousands of kernels that run for microseconds each; from Python that
 takes ten times as long as they run. :class:`Decoder` stands in the place of a model's ``forward``. It gives a
-cache of codes a :class:`~.kv_cache.static.Storage` that stays where it is, and where a forward pass is a decode
-step on such a cache, it replays a graph of it. Everything else is the model's own forward pass: prompts, several
-new tokens, other caches, gradients, hidden states, ``torch.compile``.
+cache of codes a :class:`~.kv_cache.static.Storage` that stays where it is, and where a forward pass is a
+decode step on such a cache, it replays a graph of it. Everything else is the model's own forward pass:
+prompts, several new tokens, other caches, gradients, hidden states, ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class _Pool:
         self._free: list[Storage] = []
         self._lock = threading.Lock()
 
-    def take(self, quantizers: tuple[KVQuantizer, ...], batch: int, tokens: int, device: torch.device) -> Storage:
+    def take(
+        self, quantizers: tuple[KVQuantizer, ...], batch: int, tokens: int, device: torch.device
+    ) -> Storage:
         with self._lock:
             fitting = [storage for storage in self._free if storage.fits(batch, tokens, device)]
             if fitting:
@@ -140,14 +142,13 @@ class Decoder:
             layers.extend(cache.layer_class_to_replicate() for _ in self.quantizers)
         if len(layers) != len(self.quantizers) or getattr(cache, "offloading", False):
             return None
-        if not all(isinstance(layer, CodesLayer) for layer in layers):
-            if not self._replace(layers, device):
-                return None
+        if not all(isinstance(layer, CodesLayer) for layer in layers) and not self._replace(layers, device):
+            return None
         batch, needed = tokens.shape[0], layers[0].tokens + tokens.shape[1]
         storage = layers[0].storage
-        if storage is not None and all(layer.storage is storage for layer in layers):
-            if storage.fits(batch, needed, device):
-                return storage
+        shared = storage is not None and all(layer.storage is storage for layer in layers)
+        if storage is not None and shared and storage.fits(batch, needed, device):
+            return storage
         capacity = max(needed, getattr(layers[0], "reserved", 0))
         storage = self._pool.take(self.quantizers, batch, capacity, device)
         storage.together = False
@@ -160,7 +161,7 @@ class Decoder:
         return storage
 
     def _replace(self, layers: list[Any], device: torch.device) -> bool:
-        """Put layers of codes in the place of a new cache's; False, and nothing is done, where one cannot be."""
+        """Put layers of codes in the place of a new cache's; False, and nothing is done, where that cannot be."""
         new: list[CodesLayer] = []
         for quantizer, layer in zip(self.quantizers, layers, strict=True):
             codes = quantizer.reads_codes(device)
@@ -191,7 +192,7 @@ class Decoder:
         )
 
     def _step(self, cache: Cache, storage: Storage, kwargs: dict[str, Any]) -> Any:
-        mask = kwargs.get("attention_mask")
+        mask: Tensor | None = kwargs.get("attention_mask")
         keep = kwargs.get("logits_to_keep") or 0
         if isinstance(keep, Tensor):
             return type(self.model).forward(self.model, **kwargs)
@@ -217,13 +218,14 @@ class Decoder:
             found.position_ids.fill_(seen)
         else:
             found.position_ids.copy_(positions)
-        if found.mask is not None:
+        if found.mask is not None and mask is not None:
             found.mask[:, 0, 0, : mask.shape[1]].copy_(mask)
         found.graph.replay()
         for layer in layers:
             layer.tokens += 1
         fields = {
-            name: value.clone() if isinstance(value, Tensor) else value for name, value in found.outputs.items()
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in found.outputs.items()
         }
         return type(found.outputs)(**{**fields, "past_key_values": cache})
 
@@ -253,7 +255,7 @@ class Decoder:
         except RuntimeError as error:
             self._refused = str(error).splitlines()[0]
             logger.warning(
-                "Decoding is not captured as a CUDA graph and stays slow: %s. Generation itself is not affected.",
+                "Decoding is not captured as a CUDA graph and stays slow: %s. What it gives is the same.",
                 self._refused,
             )
             return None

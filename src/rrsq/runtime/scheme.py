@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ..errors import RecipeError
+from ..errors import RecipeError, did_you_mean
 from ..models import LinearInput, ModelFamily
 from ..recipe import Activations, Recipe, Weights
 from .modules.input import InputScheme
@@ -96,10 +96,12 @@ def check_patterns(recipe: Recipe, family: ModelFamily, model: nn.Module) -> Non
         names = [*(f"{layer}.{path}" for layer, path in paths), *others]
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
+                near = [*names, *(f"*.{name.rsplit('.', 1)[-1]}" for name in names)]
                 known = [*dict.fromkeys(f"{family.layers}.N.{path}" for _, path in paths), *others]
                 raise RecipeError(
-                    f"'{pattern}' in the recipe's {field} matches nothing in this model. The names are"
-                    f" {', '.join(known)}; a '*' in a pattern stands for anything."
+                    f"'{pattern}' in the recipe's {field} matches nothing in this model."
+                    f"{did_you_mean(pattern, dict.fromkeys(near))} The names are {', '.join(known)}; a '*'"
+                    " in a pattern stands for anything."
                 )
 
 

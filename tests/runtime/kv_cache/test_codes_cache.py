@@ -18,7 +18,12 @@ from rrsq.runtime.kv_cache.static import CodesLayer, enough
 from tiny_families import tiny_model
 from tiny_quantized import logits_of, quantize_tiny, random_tokens, recipe_of
 
-EXACT_LINEARS = ["activations.smoothing=null", "activations.bits=16", "weights.group_size=2", "weights.method=rtn"]
+EXACT_LINEARS = [
+    "activations.smoothing=null",
+    "activations.bits=16",
+    "weights.group_size=2",
+    "weights.method=rtn",
+]
 
 
 @pytest.fixture(scope="module", params=["tiny_llama_dir", "tiny_qwen2_dir", "gemma3_text"])
@@ -78,11 +83,16 @@ def test_decoding_is_that_of_the_layers_that_give_keys_back(
 def test_several_tokens_after_a_prompt(model: Any) -> None:
     tokens = random_tokens(2, 50)
     cache = DynamicCache(config=model.config)
-    parts = [logits_of(model, tokens[:, a:b], past_key_values=cache) for a, b in ((0, 5), (5, 9), (9, 40), (40, 50))]
+    parts = [
+        logits_of(model, tokens[:, a:b], past_key_values=cache)
+        for a, b in ((0, 5), (5, 9), (9, 40), (40, 50))
+    ]
     assert_near(torch.cat(parts, 1), logits_of(model, tokens, use_cache=False))
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}, {"max_new_tokens": 9}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}, {"max_new_tokens": 9}]
+)
 def test_generate_writes_what_it_writes_without_a_cache(model: Any, options: dict[str, Any]) -> None:
     tokens = random_tokens(2, 12)
     result = generate(model, tokens, **options)
@@ -198,6 +208,8 @@ def test_a_model_can_be_copied_and_pickled(model: Any) -> None:
     assert torch.equal(generate(pickle.loads(pickle.dumps(model)), tokens).sequences, expected)
 
 
-@pytest.mark.parametrize(("tokens", "capacity"), [(1, 512), (513, 1024), (4096, 4096), (5000, 6144), (7000, 8192)])
+@pytest.mark.parametrize(
+    ("tokens", "capacity"), [(1, 512), (513, 1024), (4096, 4096), (5000, 6144), (7000, 8192)]
+)
 def test_capacities(tokens: int, capacity: int) -> None:
     assert enough(tokens) == capacity

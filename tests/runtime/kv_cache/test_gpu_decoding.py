@@ -52,7 +52,9 @@ def logits_by_steps(model: Any, tokens: Tensor, prompt: int, mask: Tensor | None
     parts = []
     for first, last in [(0, prompt), *((i, i + 1) for i in range(prompt, tokens.shape[1]))]:
         given = {} if mask is None else {"attention_mask": mask[:, :last]}
-        parts.append(model(input_ids=tokens[:, first:last], past_key_values=cache, use_cache=True, **given).logits)
+        parts.append(
+            model(input_ids=tokens[:, first:last], past_key_values=cache, use_cache=True, **given).logits
+        )
     return torch.cat(parts, 1)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...errors import UsageError
 from .statistics import InputStatistics, MeanStatistics
 
-__all__ = ["ALONE", "Workers", "joined_workers"]
+__all__ = ["ALONE", "Workers", "is_first_process", "joined_workers"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,11 @@ class Workers:
 
 
 ALONE = Workers()
+
+
+def is_first_process() -> bool:
+    """Whether this process, of those that ``torchrun`` started, is the one that writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager

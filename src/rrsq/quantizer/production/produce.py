@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ...errors import UsageError
 from ...models import ModelFamily, family_for
 from ...recipe import Recipe
@@ -26,7 +28,7 @@ from ..outcome import QuantizationReport
 from ..pipeline import quantize_model
 from ..projection import projected_memory
 from .output_shards import OutputShards, parse_size, planned_tensors
-from .source import NoteCallback, OpenedModel, open_model
+from .source import NoteCallback, OpenedModel, empty_model, open_model
 from .streaming import Progress, StreamingStore
 from .writer import checkpoint_info, copy_processor, write_beside
 
@@ -108,10 +110,16 @@ class Produced:
     report: QuantizationReport
 
 
-def check_source(model: str, data_root: Path | None = None) -> ModelFamily:
+def check_source(model: str, data_root: Path | None = None, recipe: Recipe | None = None) -> ModelFamily:
     """Refuse a model that cannot be quantized before anything large is read; return its family.
 
+    Args:
+        model: Hub id, Hugging Face folder or ``.gguf`` file.
+        data_root: folder laid out like the Hub, looked in before it.
+        recipe: to be refused as well if the model is not made for it; None where there are several.
+
     Raises:
+        RecipeError: a pattern of the recipe matches nothing, or else as :func:`check_recipe` says.
         ModelLoadError: there is no such model.
         UnsupportedArchitectureError: no family is known for it.
         UsageError: it is quantized already.
@@ -123,6 +131,8 @@ def check_source(model: str, data_root: Path | None = None) -> ModelFamily:
         raise UsageError(
             f"'{model}' is quantized already ({method}). Quantize the original model, in 16 or 32 bits."
         )
+    if recipe is not None:
+        check_recipe(recipe, family, empty_model(config, torch.bfloat16))
     return family
 
 

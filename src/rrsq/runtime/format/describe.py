@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from ...recipe import INPUTS, Activations, Weights
@@ -12,6 +13,7 @@ from .shards import read_shards
 __all__ = [
     "LAYER_COLUMNS",
     "checkpoint_contents",
+    "contents_of",
     "describe_activations",
     "describe_cache",
     "describe_calibration",
@@ -20,6 +22,7 @@ __all__ = [
     "describe_layers",
     "describe_rotation",
     "describe_weights",
+    "stored_bits",
 ]
 
 # Weights that an entry of the tensors of a quantized linear stands for.
@@ -154,13 +157,29 @@ def checkpoint_contents(folder: Path) -> dict[str, tuple[int, int, int]]:
     Raises:
         CheckpointError: there is no shard, or one is damaged.
     """
+    places = read_shards(folder).items()
+    return contents_of((name, tuple(place.shape), place.size) for name, place in places)
+
+
+def contents_of(tensors: Iterable[tuple[str, tuple[int, ...], int]]) -> dict[str, tuple[int, int, int]]:
+    """The same of tensors given as names, shapes and bytes, there or planned."""
     found: dict[str, tuple[int, int, int]] = {}
-    for name, place in read_shards(folder).items():
+    for name, shape, nbytes in tensors:
         kind = _kind(name)
-        weights = math.prod(place.shape) * _WEIGHTS_PER_ENTRY.get(_leaf(name), 1)
+        weights = math.prod(shape) * _WEIGHTS_PER_ENTRY.get(_leaf(name), 1)
         count, size, total = found.get(kind, (0, 0, 0))
-        found[kind] = count + 1, size + place.size, total + weights
+        found[kind] = count + 1, size + nbytes, total + weights
     return dict(sorted(found.items()))
+
+
+def stored_bits(contents: dict[str, tuple[int, int, int]]) -> str:
+    """Bits per weight, scales and multipliers included: of quantized linears, and of all that is stored."""
+    size, weights = (sum(entry[place] for entry in contents.values()) for place in (1, 2))
+    whole = f"{8 * size / weights:.2f} of all stored"
+    if "INT4 linears" not in contents:
+        return whole
+    _, size, weights = contents["INT4 linears"]
+    return f"{8 * size / weights:.2f} of INT4 linears, {whole}"
 
 
 def _kind(name: str) -> str:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .format import CheckpointInfo
+
 __all__ = [
     "check_token_ids",
     "check_token_range",
@@ -25,6 +27,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "locate_model",
+    "read_info",
 ]
 
 
@@ -73,6 +76,23 @@ def is_checkpoint(path: str) -> bool:
         return _says_rrsq(read_json_object(Path(path) / "config.json"))
     except CheckpointError:
         return False
+
+
+def read_info(folder: Path) -> CheckpointInfo:
+    """What a checkpoint says of itself.
+
+    Raises:
+        ModelLoadError: there is no config.json in the folder.
+        CheckpointError: it is a model that rrsq did not quantize, or what it says is not valid.
+    """
+    from .format import parse_info
+
+    if not (folder / "config.json").is_file():
+        raise ModelLoadError(f"'{folder}' is no checkpoint: there is no config.json in it.")
+    config = read_config(folder)
+    if not _says_rrsq(config):
+        raise CheckpointError(f"'{folder}' is a model, but none that rrsq quantized.")
+    return parse_info(config["quantization_config"])
 
 
 def _says_rrsq(config: dict[str, Any]) -> bool:

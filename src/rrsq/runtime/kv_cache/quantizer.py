@@ -223,9 +223,7 @@ class KVQuantizer(nn.Module):
         """Keys and values of tokens; see :func:`rrsq.kernels.cache_read`."""
         return kernels.cache_read(like, *pages, begin, end, block_table, shift, *self.constants(like.device))
 
-    def round_trip(
-        self, keys: Tensor, values: Tensor, position_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def round_trip(self, keys: Tensor, values: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """What a cache that is empty before would give back of all its tokens."""
         batch, _, tokens, _ = keys.shape
         pages = self.pages(batch, tokens, keys.device)
@@ -336,9 +334,7 @@ class KVQuantizer(nn.Module):
             layer.next_positions = positions
         return args, kwargs
 
-    def _cache_layer(
-        self, cache: Any, index: int, codes: bool
-    ) -> QuantizedCacheLayer | CodesLayer | None:
+    def _cache_layer(self, cache: Any, index: int, codes: bool) -> QuantizedCacheLayer | CodesLayer | None:
         """The quantized layer of a cache, put there if the cache is still empty at ``index``."""
         if isinstance(cache, NoCache):
             return None

@@ -55,7 +55,7 @@ class Storage:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Storage:
         new = copy.copy(self)
-        new.pages = [CachePages(*(None if x is None else x.clone() for x in pages)) for pages in self.pages]
+        new.pages = [pages.clone() for pages in self.pages]
         new.used, new.shift, new.graphs = self.used.clone(), self.shift.clone(), {}
         return new
 
@@ -134,10 +134,8 @@ class CodesLayer(DynamicLayer):
         rows = sum(x.numel() * x.element_size() for x in self.pages if x is not None)
         return rows * self.tokens // self.storage.capacity
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
-        """Append tokens ``[batch, kv_heads, new, head_dim]``; both results are their :class:`CachedTokens`."""
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Append tokens ``[batch, kv_heads, new, head_dim]``; both results are :class:`CachedTokens`."""
         batch, _, new, _ = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         if self.storage is None or not self.storage.fits(batch, self.tokens + new, key_states.device):
@@ -284,7 +282,15 @@ class CachedTokens:
             return None
         added = self.new if storage.together else 0
         return layer.quantizer.attend(
-            layer.pages, query.transpose(1, 2), layer.used, added, mask, storage.shift, scaling, softcap, window
+            layer.pages,
+            query.transpose(1, 2),
+            layer.used,
+            added,
+            mask,
+            storage.shift,
+            scaling,
+            softcap,
+            window,
         )
 
     def read(self) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,243 @@
+"""What the command line does, as functions: ``rrsq.quantize`` and ``rrsq.evaluate``.
+
+``import rrsq`` does not import this module; it is looked up when one of its functions is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .evaluation.run import StepCallback as EvaluationStep
+    from .evaluation.scores import EvaluationReport
+    from .quantizer.calibration.windows import BosChoice
+    from .quantizer.outcome import QuantizationReport
+    from .quantizer.production.produce import StepCallback as QuantizationStep
+    from .quantizer.production.source import NoteCallback
+    from .recipe import Recipe
+
+__all__ = ["choose_recipe", "evaluate", "quantize"]
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    *,
+    recipe: str | Path | Recipe = "rrs-w4a4kv4",
+    overrides: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    calibration_data: str | Path = "wikitext2",
+    num_samples: int = 128,
+    sequence_length: int = 2048,
+    bos: BosChoice = "auto",
+    seed: int = 0,
+    calibration: str | Path | None = None,
+    device: str = "auto",
+    data_root: str | Path | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    max_shard_size: str = "5GB",
+    offload_dir: str | Path | None = None,
+    on_step: QuantizationStep = lambda done, total, per_layer, text: None,
+    on_note: NoteCallback = lambda text: None,
+) -> QuantizationReport:
+    """Quantize a model and write its checkpoint, as ``rrsq quantize`` does.
+
+    The checkpoint appears whole or not at all; the same call goes on from the last finished layer after a
+    stop. Started by ``torchrun``, the processes share the calibration text, and the first one writes.
+
+    Args:
+        model: Hub id, Hugging Face folder or ``.gguf`` file, in 16 or 32 bits.
+        output: folder to write.
+        recipe: a name of :func:`rrsq.recipe.recipe_names`, the path of a YAML file, or a recipe.
+        overrides: assignments such as ``weights.group_size=64``, as ``--set`` takes them.
+        ignore: patterns of linears to keep in 16 bits, such as ``*.o_proj`` or ``model.layers.0.*``, besides
+            the recipe's ``modules_to_not_convert``.
+        calibration_data: ``wikitext2``, a Hub data set (``org/name`` or ``org/name:config``), or a ``.txt``,
+            ``.jsonl`` or ``.parquet`` file.
+        num_samples: windows of calibration text.
+        sequence_length: tokens in a window.
+        bos: whether each window begins with the BOS token: ``auto`` (as the model's family needs it),
+            ``always`` or ``never``.
+        seed: of the rotations' random signs and the windows' places.
+        calibration: folder of ``rrsq calibrate`` to use in place of text, whose options then do nothing.
+        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        data_root: folder laid out like the Hub, looked in before it; else what ``RRSQ_DATA_ROOT`` names.
+        overwrite: replace ``output`` if it exists.
+        restart: throw away what an unfinished run of the same output left.
+        max_shard_size: of one safetensors file, such as ``5GB``.
+        offload_dir: folder on a fast disk for the activations of calibration, which else are in memory.
+        on_step: told of progress; see :data:`rrsq.quantizer.production.produce.StepCallback`.
+        on_note: told what a user may want to know; by the first process only.
+
+    Returns:
+        Sizes in bytes, seconds, peak memory in bytes, and the error of each layer in dB.
+
+    Raises:
+        UsageError: an argument, the recipe, the model, the text or the output folder is not what it must be.
+        NonFiniteError: a weight or an activation is NaN or Inf.
+        StorageError: the disk is full, or the folder cannot be written.
+    """
+    import torch
+
+    from .devices import find_device
+    from .quantizer.calibration.workers import joined_workers
+    from .quantizer.needs import needs_calibration
+    from .quantizer.production.produce import (
+        CalibrationText,
+        OutputOptions,
+        check_source,
+        load_calibration,
+        open_calibration,
+        produce_checkpoint,
+    )
+    from .runtime.format.loading import load_tokenizer
+    from .storage import check_output
+    from .work_folder import was_published
+
+    model, root = str(model), _path(data_root)
+    _at_least("num_samples", num_samples, 1)
+    _at_least("sequence_length", sequence_length, 8)
+    _at_least("seed", seed, 0)
+    chosen = choose_recipe(recipe, overrides, ignore)
+    to = OutputOptions(Path(output), overwrite, max_shard_size, restart, _path(offload_dir))
+    if restart or not was_published(to.folder):
+        check_output(to.folder, overwrite=overwrite)
+    where = find_device(device)
+    family = check_source(model, root, chosen)
+    learned = None if calibration is None else open_calibration(Path(calibration), chosen, seed)
+    with joined_workers(torch.device(where)) as workers:
+        on_step(0, 0, 0, "tokenizer and calibration text")
+        tokenizer = load_tokenizer(model, root)
+        if learned is None and needs_calibration(chosen):
+            text = CalibrationText(str(calibration_data), num_samples, sequence_length, seed, bos)
+            learned = load_calibration(tokenizer, family, text, root)
+        return produce_checkpoint(
+            model,
+            chosen,
+            to,
+            tokenizer,
+            learned,
+            seed=seed,
+            device=where,
+            data_root=root,
+            workers=workers,
+            on_step=on_step,
+            on_note=on_note if workers.rank == 0 else lambda note: None,
+        ).report
+
+
+def evaluate(
+    models: str | Path | Sequence[str | Path],
+    tasks: str | Sequence[str] = "wikitext2",
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    sequence_length: int = 2048,
+    bos: BosChoice = "auto",
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    data_root: str | Path | None = None,
+    engine: Literal["transformers", "vllm"] = "transformers",
+    tensor_parallel_size: int = 1,
+    engine_options: str = "{}",
+    on_step: EvaluationStep = lambda model, doing, done, total, text: None,
+    on_warning: NoteCallback = lambda text: None,
+) -> EvaluationReport:
+    """Measure models, quantized or not, as ``rrsq eval`` does.
+
+    Args:
+        models: checkpoints, Hugging Face folders or Hub ids. With several, the first is the reference that
+            the others are compared with.
+        tasks: names as ``--tasks`` takes them, such as ``["wikitext2", "kl", "arc_e"]``.
+        limit: only the first so many windows of a text and questions of a task; None for all.
+        num_fewshot: solved examples before each question; None for what lm-eval's task says.
+        sequence_length: tokens in a window.
+        bos: see :func:`quantize`.
+        batch_size: windows or questions to run at a time; None: found from the memory that is free.
+        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: of what is not quantized: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
+        data_root: folder laid out like the Hub, looked in before it; else what ``RRSQ_DATA_ROOT`` names.
+        engine: what runs the models; ``vllm`` takes the GPU, and ``device`` and ``batch_size`` do nothing.
+        tensor_parallel_size: with vllm, GPUs that share each layer.
+        engine_options: with vllm, JSON of further options of its ``LLM``.
+        on_step: told of progress; see :data:`rrsq.evaluation.run.StepCallback`.
+        on_warning: told what may surprise.
+
+    Returns:
+        What each task gave on each model; ``report.models[0].result("wikitext2").headline.value`` is a
+        number of it, and ``report.to_dict()`` all of it as plain data.
+
+    Raises:
+        UsageError: an argument or a task is not what it must be, data or a model is missing, or tokenizers
+            differ.
+        CheckpointError: a checkpoint is damaged.
+    """
+    from .devices import find_device
+    from .evaluation.run import check_comparison, evaluate_models, prepare_tasks
+    from .evaluation.scores import EvaluationReport
+    from .evaluation.served import EngineSettings, check_served, evaluate_served
+    from .evaluation.tasks import TaskOptions, parse_tasks
+    from .vllm.engine import parse_engine_options
+
+    _at_least("sequence_length", sequence_length, 2)
+    for name, number, least in (
+        ("limit", limit, 1),
+        ("num_fewshot", num_fewshot, 0),
+        ("batch_size", batch_size, 1),
+    ):
+        if number is not None:
+            _at_least(name, number, least)
+    names = [str(models)] if isinstance(models, str | Path) else [str(model) for model in models]
+    if not names:
+        raise UsageError("No model was named.")
+    parsed = parse_tasks(tasks if isinstance(tasks, str) else ",".join(tasks))
+    options = TaskOptions(
+        sequence_length=sequence_length,
+        bos=bos,
+        limit=limit,
+        batch_size=batch_size,
+        num_fewshot=num_fewshot,
+        data_root=_path(data_root),
+    )
+    where = find_device(device)
+    settings = None
+    if engine == "vllm":
+        settings = EngineSettings(tensor_parallel_size, dtype, parse_engine_options(engine_options))
+        warning = check_served(names, parsed, options.data_root, settings)
+        if warning is not None:
+            on_warning(warning)
+    on_step("", "finding tasks and their data", 0, 0, "")
+    prepare_tasks(parsed, options)
+    check_comparison(names, parsed, options)
+    if settings is not None:
+        return EvaluationReport.of(evaluate_served(names, parsed, options, settings, on_step))
+    return EvaluationReport.of(
+        evaluate_models(names, parsed, options, device=where, dtype=dtype, on_step=on_step)
+    )
+
+
+def choose_recipe(recipe: str | Path | Recipe, overrides: Iterable[str], ignore: Iterable[str]) -> Recipe:
+    """The recipe that is meant, with the overrides and the exceptions; see :func:`quantize`."""
+    from .recipe import Recipe, load_recipe, override_recipe
+
+    if isinstance(recipe, Recipe):
+        chosen = override_recipe(recipe, overrides)
+    else:
+        chosen = load_recipe(str(recipe), overrides)
+    patterns = dict.fromkeys((*chosen.modules_to_not_convert, *ignore))
+    return chosen.model_copy(update={"modules_to_not_convert": tuple(patterns)})
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _at_least(name: str, number: int, least: int) -> None:
+    if number < least:
+        raise UsageError(f"{name} is {number}, and must be at least {least}.")
