@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ... import kernels
-from ...kernels.operation import forced_backend
+from ...kernels.operation import forced_backend, token_class
 from .gradient import StraightThrough, needs_gradient
-from .input import InputQuantizer, Weight
+from .input import InputQuantizer, PreparedLinear, Weight
 
-__all__ = ["FusedLinears", "PackedWeight", "Projections", "QuantizedLinear"]
+__all__ = ["FusedLinears", "PackedWeight", "Prepared", "Projections", "QuantizedLinear"]
 
-_DECODED = 64
-"""Tokens up to which what runs them is kept: of a decode step; for more the host's part does not matter."""
+_Kept = TypeVar("_Kept")
 
-_Runs = dict[tuple[int, torch.dtype, str | None], Callable[[Tensor], Tensor]]
+
+class Prepared(dict[tuple[int, torch.dtype, str | None], _Kept]):
+    """What runs the tokens of a size class, by class, dtype and forced backend; so there are few."""
+
+    def find(self, rows: Tensor, make: Callable[[Tensor], _Kept]) -> _Kept:
+        """What runs rows ``[tokens, channels]`` like these; made where it is not there.
+
+        It is not kept while a CUDA graph is captured: the memory of its tensors would be the graph's.
+        """
+        key = token_class(rows.shape[0]), rows.dtype, forced_backend()
+        kept = self.get(key)
+        if kept is None:
+            kept = make(rows)
+            if not (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self[key] = kept
+        return kept
 
 
 class PackedWeight(nn.Module):
@@ -64,7 +78,20 @@ class PackedWeight(nn.Module):
         self._operand: Tensor | None = None
         self._seen: weakref.ref[Tensor] | None = None
         self._prepared_for: Tensor | None = None
-        self._runs: _Runs = {}
+        self._prepared = Prepared[Any]()
+
+    def _stays(self) -> bool:
+        """Whether the weight was there at the last call: another may be gone at the next (offloading)."""
+        packed = self._buffers["weight_packed"]
+        if self._prepared_for is packed:
+            return True
+        known = self._seen is not None and self._seen() is packed
+        if known:
+            self._prepared_for, self._prepared = packed, Prepared()
+        else:
+            self._forget()
+            self._seen = weakref.ref(self.weight_packed)
+        return known
 
     @property
     def input_quantizer(self) -> InputQuantizer:
@@ -105,7 +132,7 @@ class PackedWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own unpacked weight, and does not carry the tensor that its linears share.
         buffers = {name: None if x is None else x.clone() for name, x in self._buffers.items()}
-        forgotten: dict[str, Any] = {"_operand": None, "_seen": None, "_prepared_for": None, "_runs": {}}
+        forgotten = {"_operand": None, "_seen": None, "_prepared_for": None, "_prepared": Prepared[Any]()}
         return {**self.__dict__, **forgotten, "_buffers": buffers}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -166,36 +193,16 @@ class QuantizedLinear(PackedWeight):
         """``[..., in]`` to ``[..., out]`` in the dtype of ``x``; of projections, this linear's."""
         if isinstance(x, Projections):
             return x.outputs[self.place]
-        if is_compiling() or needs_gradient(x):
-            if needs_gradient(x):
-                return StraightThrough.apply(x, self._multiply, self._input_gradient)
+        if needs_gradient(x):
+            return StraightThrough.apply(x, self._multiply, self._input_gradient)
+        if is_compiling() or not self._stays() or not x.numel():
             return self._multiply(x)
-        packed = self._buffers["weight_packed"]
-        if self._prepared_for is not packed:
-            return self._first_call(x)
         rows = x.reshape(-1, self.in_features)
-        run = self._runs.get((rows.shape[0], x.dtype, forced_backend()))
-        if run is None:
-            return self._prepare(x, rows)
-        return run(rows).view(*x.shape[:-1], self.out_features)
+        quantize, multiply = self._prepared.find(rows, self._prepare)
+        return multiply(*quantize(rows)).view(*x.shape[:-1], self.out_features)
 
-    def _first_call(self, x: Tensor) -> Tensor:
-        """With a weight that was not there at the last call: it may be gone at the next (offloading)."""
-        packed = self.weight_packed
-        if self._seen is not None and self._seen() is packed:
-            self._prepared_for, self._runs = packed, {}
-        else:
-            self._forget()
-            self._seen = weakref.ref(packed)
-        return self._multiply(x)
-
-    def _prepare(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Keep what runs this number of tokens, if they are few."""
-        if 0 < rows.shape[0] <= _DECODED:
-            run = self.input_quantizer.prepare(rows, self._weight(), x.dtype)
-            if run is not None:
-                self._runs[rows.shape[0], x.dtype, forced_backend()] = run
-        return self._multiply(x)
+    def _prepare(self, rows: Tensor) -> PreparedLinear:
+        return self.input_quantizer.prepare_linear(rows, self._weight())
 
     def _multiply(self, x: Tensor) -> Tensor:
         y = self.input_quantizer(x).multiply(self._weight(), x.dtype)
@@ -258,7 +265,7 @@ class FusedLinears(nn.Module):
         for place, linear in enumerate(self._linears):
             linear.place = place
         self._joined: tuple[tuple[Tensor, ...], Weight] | None = None
-        self._runs: _Runs = {}
+        self._prepared = Prepared[PreparedLinear]()
         self._rows = [linear.out_features for linear in self._linears]
         parent.register_forward_pre_hook(self._before, with_kwargs=True)
 
@@ -269,24 +276,14 @@ class FusedLinears(nn.Module):
             return x
         if needs_gradient(x):
             y = StraightThrough.apply(x, lambda x: self._multiply(x, weight), self._input_gradient)
-        elif is_compiling():
+        elif is_compiling() or not x.numel():
             y = self._multiply(x, weight)
         else:
             rows = x.reshape(-1, x.shape[-1])
-            run = self._runs.get((rows.shape[0], x.dtype, forced_backend()))
-            if run is None:
-                y = self._prepare(x, rows, weight)
-            else:
-                y = run(rows).view(*x.shape[:-1], -1)
+            prepare = self._linears[0].input_quantizer.prepare_linear
+            quantize, multiply = self._prepared.find(rows, lambda rows: prepare(rows, weight))
+            y = multiply(*quantize(rows)).view(*x.shape[:-1], -1)
         return Projections(x, y.split(self._rows, dim=-1))
-
-    def _prepare(self, x: Tensor, rows: Tensor, weight: Weight) -> Tensor:
-        """Keep what runs this number of tokens, if they are few."""
-        if 0 < rows.shape[0] <= _DECODED:
-            run = self._linears[0].input_quantizer.prepare(rows, weight, x.dtype)
-            if run is not None:
-                self._runs[rows.shape[0], x.dtype, forced_backend()] = run
-        return self._multiply(x, weight)
 
     def _multiply(self, x: Tensor, weight: Weight) -> Tensor:
         y = self._linears[0].input_quantizer(x).multiply(weight, x.dtype)
@@ -299,7 +296,7 @@ class FusedLinears(nn.Module):
     def join(self) -> None:
         """Make one weight of the linears', which become views of it; nothing where they are not together."""
         self._joined = None
-        self._runs = {}
+        self._prepared = Prepared()
         linears = self._linears
         device = linears[0].weight_packed.device
         if device.type == "meta" or any(linear.weight_packed.device != device for linear in linears):
@@ -355,4 +352,4 @@ class FusedLinears(nn.Module):
         return module
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_joined": None, "_runs": {}}
+        return {**self.__dict__, "_joined": None, "_prepared": Prepared[PreparedLinear]()}
