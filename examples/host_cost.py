@@ -50,17 +50,14 @@ class Case:
     rotation: HadamardPlan | None = None
     experts: bool = False
 
-    def call(self) -> Callable[[], Tensor]:
-        """A call of the linear, with random codes."""
+    def linear(self) -> QuantizedExpertLinear | QuantizedLinear:
+        """The linear, without a weight that was unpacked, which a CPU keeps and a GPU does not."""
         quantizer = InputQuantizer(self.scheme, self.rotation and OnlineHadamard(self.rotation))
-        x = torch.randn(self.tokens, CHANNELS, dtype=torch.bfloat16)
         linear: QuantizedExpertLinear | QuantizedLinear
         if self.experts:
             linear = QuantizedExpertLinear(
                 EXPERTS, CHANNELS, CHANNELS, group_size=32, input_quantizer=quantizer
             )
-            routing = kernels.route_rows(torch.arange(self.tokens * TOP_K) % EXPERTS, EXPERTS)
-            arguments = x, routing, TOP_K
         else:
             linear = QuantizedLinear(
                 CHANNELS,
@@ -70,10 +67,16 @@ class Case:
                 input_quantizer=quantizer,
                 dtype=torch.bfloat16,
             )
-            arguments = (x.unsqueeze(0),)
-        # A GPU keeps no unpacked weight, a CPU does.
         linear._cpu_operand = lambda: None  # type: ignore[method-assign]
-        return lambda: linear(*arguments)
+        return linear
+
+    def call(self) -> Callable[[], Tensor]:
+        """A call of the linear."""
+        linear, x = self.linear(), torch.randn(self.tokens, CHANNELS, dtype=torch.bfloat16)
+        if not self.experts:
+            return lambda: linear(x)
+        routing = kernels.route_rows(torch.arange(self.tokens * TOP_K) % EXPERTS, EXPERTS)
+        return lambda: linear(x, routing, TOP_K)
 
 
 BLOCKS = HadamardPlan(CHANNELS, 16, 1)

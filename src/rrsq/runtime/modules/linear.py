@@ -227,13 +227,15 @@ class Projections:
     """An input's products with all linears that read it, given to their parent in place of that input.
 
     Attributes:
-        outputs: ``[..., out]`` of each linear.
+        input: what was multiplied, for linears of the input that are in full precision.
+        outputs: ``[..., out]`` of each quantized linear.
         shape, dtype, device: of the input.
     """
 
-    __slots__ = ("device", "dtype", "outputs", "shape")
+    __slots__ = ("device", "dtype", "input", "outputs", "shape")
 
     def __init__(self, x: Tensor, outputs: tuple[Tensor, ...]) -> None:
+        self.input = x
         self.outputs = outputs
         self.shape = x.shape
         self.dtype = x.dtype
@@ -244,8 +246,13 @@ class Projections:
         return self.shape
 
 
+def _take_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before a linear in full precision: the input itself in place of projections."""
+    return tuple(x.input if isinstance(x, Projections) else x for x in args)
+
+
 class FusedLinears(nn.Module):
-    """All linears of one input as one: one quantization and one product.
+    """All quantized linears of one input as one: one quantization and one product.
 
     transformers' modules call ``q_proj``, ``k_proj`` and ``v_proj`` one after the other with the same tensor.
     A hook on their parent multiplies before it runs, and gives it :class:`Projections` in place of the input,
@@ -256,11 +263,15 @@ class FusedLinears(nn.Module):
     Args:
         parent: of the linears. The input is the first argument of its forward pass, or ``hidden_states``.
         names: of the linears in it; they have one input quantizer, and all of them a bias or none.
+        others: names of linears in full precision that read the same input.
     """
 
-    def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(self, parent: nn.Module, names: tuple[str, ...], others: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.names = names
+        self._others = tuple((name, getattr(parent, name)) for name in others)
+        for _, other in self._others:
+            other.register_forward_pre_hook(_take_input)
         self._linears: tuple[QuantizedLinear, ...] = tuple(getattr(parent, name) for name in names)
         for place, linear in enumerate(self._linears):
             linear.place = place
@@ -338,7 +349,8 @@ class FusedLinears(nn.Module):
         self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         modules = parent._modules
-        if any(modules[name] is not linear for name, linear in zip(self.names, self._linears, strict=True)):
+        expected = *zip(self.names, self._linears, strict=True), *self._others
+        if any(modules[name] is not linear for name, linear in expected):
             return args, kwargs
         if args:
             return (self(args[0]), *args[1:]), kwargs
