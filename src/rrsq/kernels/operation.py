@@ -48,7 +48,6 @@ __all__ = [
     "forced_backend",
     "operation",
     "operations",
-    "token_class",
     "use_kernels",
 ]
 
@@ -82,11 +81,6 @@ def _from_environment() -> str | None:
     """``RRSQ_KERNELS``, read once: looking it up costs as much as the rest of a choice."""
     value = os.environ.get(_ENVIRONMENT_VARIABLE, "")
     return _checked(value, _ENVIRONMENT_VARIABLE) if value else None
-
-
-def token_class(tokens: int) -> int:
-    """The size class of a number of tokens, see :data:`FEW_TOKENS`."""
-    return min(tokens, FEW_TOKENS + 1)
 
 
 def forced_backend() -> str | None:
@@ -312,7 +306,7 @@ class Operation(Generic[P, R]):
 
         For modules, which multiply by the same weight thousands of times. It serves activations of the same
         device, dtypes and channels, contiguous, whose tokens are of the same size class
-        (:func:`token_class`) and not none. At least the choice of the kernel is made; a kernel with more to
+        (:data:`FEW_TOKENS`) and not none. At least the choice of the kernel is made; a kernel with more to
         prepare has an attribute ``prepare`` of its function, which takes all arguments and returns a
         function of those that are activations, or None.
 

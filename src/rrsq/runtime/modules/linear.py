@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ... import kernels
-from ...kernels.operation import forced_backend, token_class
+from ...kernels.operation import FEW_TOKENS, forced_backend
 from .gradient import StraightThrough, needs_gradient
 from .input import InputQuantizer, PreparedLinear, Weight
 
@@ -28,7 +28,8 @@ class Prepared(dict[tuple[int, torch.dtype, str | None], _Kept]):
 
         It is not kept while a CUDA graph is captured: the memory of its tensors would be the graph's.
         """
-        key = token_class(rows.shape[0]), rows.dtype, forced_backend()
+        tokens = rows.shape[0]
+        key = tokens if tokens <= FEW_TOKENS else FEW_TOKENS + 1, rows.dtype, forced_backend()
         kept = self.get(key)
         if kept is None:
             kept = make(rows)
