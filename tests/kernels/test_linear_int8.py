@@ -39,14 +39,15 @@ def run(plan, problem, dtype=torch.float32):
     tokens, out_features = problem.expected.shape
     out = torch.full((tokens, out_features), float("nan"), dtype=dtype, device=problem.operand.device)
     launch(
-        plan,
         problem.operand,
         problem.scale,
         problem.packed,
         problem.weight_scale,
         problem.multiplier,
         problem.bias,
-        out,
+        dtype,
+        plan=plan,
+        out=out,
     )
     return out
 

@@ -130,7 +130,7 @@ def test_every_plan_carries_a_scale_of_nan(plan, device):
     problem.scale[-1] = math.nan
     out = torch.zeros(tokens, 24, device=device)
     weight = (problem.packed, problem.weight_scale, problem.multiplier, problem.bias)
-    launch(plan, problem.operand, problem.scale, *weight, out)
+    launch(problem.operand, problem.scale, *weight, out.dtype, plan=plan, out=out)
     assert all_nan(out[-1])
     assert bool(out[:-1].isfinite().all())
 

@@ -261,6 +261,17 @@ def test_constraints_of_sizes_and_dtypes():
     assert Constraints().violations(Target("cpu"), {"k": 68}) == []
 
 
+@pytest.mark.parametrize(
+    "constraints",
+    [{"at_most": {"tokens": 65}}, {"at_least": {"tokens": 66}}, {"divisible": {"tokens": 8}}],
+    ids=lambda constraints: next(iter(constraints)),
+)
+def test_a_constraint_may_not_tell_tokens_of_a_size_class_apart(constraints):
+    with pytest.raises(ValueError, match="one size class"):
+        times_two_plus.kernel("triton", Constraints(**constraints))
+    Constraints(at_most={"tokens": 64}, at_least={"tokens": 65}).check_token_classes()
+
+
 def test_reasons_come_with_the_best_kernel_first():
     triton, eager = times_two_plus.explain(Target("cpu"), {"channels": 6})
     assert (triton.kernel.backend, eager.kernel.backend) == ("triton", "eager")

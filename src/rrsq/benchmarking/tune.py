@@ -80,11 +80,11 @@ def _best(problems: list[Problem], device: torch.device, plans: list[object]) ->
         operand, scale = kernels.quantize_tokens(
             problem.x, problem.scheme.bits, problem.scheme.group_size, problem.scheme.clip
         )
-        out = torch.empty(problem.x.shape[0], problem.packed.shape[0], dtype=torch.bfloat16, device=device)
-        inputs.append((operand, scale, problem.packed, problem.weight_scale, problem.multiplier, None, out))
+        weight = problem.packed, problem.weight_scale, problem.multiplier, None
+        inputs.append((operand, scale, *weight, torch.bfloat16))
     times = {}
     for plan in plans:
-        calls = [lambda plan=plan, arguments=arguments: launch(plan, *arguments) for arguments in inputs]
+        calls = [lambda plan=plan, arguments=arguments: launch(*arguments, plan=plan) for arguments in inputs]
         try:
             times[plan] = time_calls(calls, device, 0.02, cuda_graph=True)
         except Exception as error:

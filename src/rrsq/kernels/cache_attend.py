@@ -3,7 +3,7 @@
 Nothing is dequantized into memory. With what :mod:`.cache` stores of a key, ``c = (k - RoPE_p(mu)) H``, and a
 query ``q`` after RoPE, ``q · k = (q H) · c + q · RoPE_p(mu)``: the query is rotated once, and the offset is a
 number a key. With ``A = q_a mu_a + q_b mu_b`` and ``B = q_b mu_a - q_a mu_b`` for each pair ``(a, b)`` of
-channels that RoPE turns, ``q · RoPE_p(mu) = sum A cos(p f) + B sin(p f)``. In a tile of keys, ``p = p_0 + j``,
+channels that RoPE turns, ``q · RoPE_p(mu) = sum A cos(p f) + B sin(p f)``. In a tile, ``p = p_0 + j``,
 turning ``(A, B)`` back by ``p_0 f`` leaves a product with the constant ``cos(j f)`` and ``sin(j f)``.
 """
 

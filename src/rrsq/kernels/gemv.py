@@ -11,7 +11,7 @@ from ._triton import COMPILED, ceil_div, tl, triton
 from .packing import chunk_words, group_size_of, pack_block
 from .plans import GemvPlan
 
-__all__ = ["ROWS", "gemv", "multiply_rows", "prepared_gemv"]
+__all__ = ["ROWS", "multiply_rows", "prepared_gemv"]
 
 ROWS = 4
 _DOT4 = tl.constexpr("dp4a.s32.s32 $0, $1, $2, 0;")
@@ -192,20 +192,6 @@ def _gemv_kernel(
     tl.store(out_pointer + out, y.to(out_pointer.dtype.element_ty), mask=mask)
 
 
-def gemv(
-    plan: GemvPlan,
-    operand: Tensor,
-    scale: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    multiplier: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Compute ``out`` ``[1, out_features]`` of :func:`rrsq.kernels.linear_int8`."""
-    prepared_gemv(plan, packed, weight_scale, multiplier, bias, out.dtype)(operand, scale, out)
-
-
 def prepared_gemv(
     plan: GemvPlan,
     packed: Tensor,
@@ -214,7 +200,10 @@ def prepared_gemv(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Callable[..., Tensor]:
-    """A function of ``operand`` and ``scale`` (and ``out``, if it is there) to ``out``, for one weight."""
+    """For one weight, a function of ``operand`` and ``scale`` (and ``out``, if it is there) to ``out``.
+
+    ``out`` ``[1, out_features]`` is that of :func:`rrsq.kernels.linear_int8`.
+    """
     out_features, in_features = packed.shape[0], 2 * packed.shape[1]
     group_size = group_size_of(in_features, multiplier)
     kernel = _gemv_kernel[(ceil_div(out_features, ROWS),)]

@@ -149,6 +149,7 @@ def _sizes(
     fake=_fake,
     sizes=_sizes,
     dtypes=("operand", "out_dtype"),
+    activations=11,
     typical={
         "operand": torch.int8,
         "out_dtype": torch.bfloat16,

@@ -47,6 +47,7 @@ def _sizes(
     fake=_fake,
     sizes=_sizes,
     dtypes=("out_dtype",),
+    activations=3,
     typical={
         "out_dtype": torch.bfloat16,
         "in_features": 4096,
@@ -73,7 +74,7 @@ def linear_group_scaled(
         codes: int8 ``[tokens, in]`` from :func:`~rrsq.kernels.quantize_smoothed`.
         scale: float32 ``[tokens]``.
         group_scale: float32 ``[sets, groups]``; token ``i`` belongs to set ``i // tokens_per_set``.
-        tokens_per_set: tokens that share a row of ``group_scale``.
+        tokens_per_set: tokens that share a row of ``group_scale``; any number from ``tokens`` on is all.
         weight_packed: uint8 ``[out, in/2]``, its columns in the channel order of ``codes``.
         weight_scale: float32 ``[out]``.
         bias: ``[out]`` or None.
@@ -88,7 +89,7 @@ def linear_group_scaled(
     tokens, channels = codes.shape
     groups = group_scale.shape[1]
     size = channels // groups
-    per_token = group_scale.repeat_interleave(tokens_per_set, 0)[:tokens]
+    per_token = group_scale.repeat_interleave(min(tokens_per_set, max(tokens, 1)), 0)[:tokens]
     y = torch.zeros(tokens, weight.shape[0], dtype=torch.float32, device=codes.device)
     for g in range(groups):
         columns = slice(g * size, (g + 1) * size)

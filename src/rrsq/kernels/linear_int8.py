@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ._triton import ceil_div, tl, triton
-from .gemv import gemv, prepared_gemv
-from .operation import Constraints, operation
-from .packed_gemm import packed_gemm
+from .gemv import prepared_gemv
+from .operation import FEW_TOKENS, Constraints, operation
+from .packed_gemm import prepared_packed_gemm
 from .packing import group_size_of, supports_words, unpack, weight_operand, weight_sizes
-from .plans import GemvPlan, Plan, TwoPassPlan, plan_for
+from .plans import FusedPlan, GemvPlan, Plan, TwoPassPlan, plan_for
 
 __all__ = ["FLOATING", "int8_matmul", "launch", "linear_int8"]
 
@@ -104,7 +104,7 @@ def linear_int8(
 
 
 @linear_int8.kernel("triton", Constraints.on_gpu(dtypes={"out_dtype": FLOATING}))
-def _launch(
+def launch(
     operand: Tensor,
     scale: Tensor,
     weight_packed: Tensor,
@@ -112,26 +112,42 @@ def _launch(
     weight_multiplier: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
-    unpacked: Tensor | None,
+    unpacked: Tensor | None = None,
+    plan: Plan | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    tokens, in_features = operand.shape
-    out_features = weight_packed.shape[0]
-    out = torch.empty(tokens, out_features, dtype=out_dtype, device=operand.device)
-    if tokens:
-        packed_words = supports_words(in_features, group_size_of(in_features, weight_multiplier))
-        plan = plan_for(tokens, out_features, in_features, packed_words, operand.device)
-        launch(
-            plan,
-            operand.contiguous(),
-            scale,
-            weight_packed,
-            weight_scale,
-            weight_multiplier,
-            bias,
-            out,
-            unpacked,
+    """The kernels of :func:`linear_int8`: by ``plan``, or the one for the shape, into ``out`` if it is there.
+
+    Without ``enable_fp_fusion`` a product and a sum are rounded one after the other, as in the reference, so
+    that the results are the reference's to the bit.
+    """
+    tokens = operand.shape[0]
+    if out is None:
+        out = torch.empty(tokens, weight_packed.shape[0], dtype=out_dtype, device=operand.device)
+    if tokens == 0:
+        return out
+    operand = operand.contiguous()
+    if plan is None:
+        plan = _plan_for(operand, weight_packed, weight_multiplier)
+    if not isinstance(plan, TwoPassPlan):
+        prepare = _PREPARED[type(plan)]
+        return prepare(plan, weight_packed, weight_scale, weight_multiplier, bias, out_dtype)(
+            operand, scale, out
         )
-    return out
+    weight = unpack(weight_packed, weight_multiplier) if unpacked is None else unpacked
+    return _int8_gemm(plan, operand, scale, weight, weight_scale, bias, out)
+
+
+_PREPARED: dict[type[Plan], Callable[..., Callable[..., Tensor]]] = {
+    GemvPlan: prepared_gemv,
+    FusedPlan: prepared_packed_gemm,
+}
+
+
+def _plan_for(operand: Tensor, weight_packed: Tensor, weight_multiplier: Tensor | None) -> Plan:
+    tokens, in_features = operand.shape
+    packed_words = supports_words(in_features, group_size_of(in_features, weight_multiplier))
+    return plan_for(tokens, weight_packed.shape[0], in_features, packed_words, operand.device)
 
 
 def _prepare(
@@ -143,51 +159,18 @@ def _prepare(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     unpacked: Tensor | None,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """See :meth:`~rrsq.kernels.operation.Operation.prepare`."""
-    tokens, in_features = operand.shape
-    out_features = weight_packed.shape[0]
-    packed_words = supports_words(in_features, group_size_of(in_features, weight_multiplier))
-    plan = plan_for(tokens, out_features, in_features, packed_words, operand.device) if tokens else None
-    if isinstance(plan, GemvPlan):
-        return prepared_gemv(plan, weight_packed, weight_scale, weight_multiplier, bias, out_dtype)
-
-    def run(operand: Tensor, scale: Tensor) -> Tensor:
-        out = torch.empty(tokens, out_features, dtype=out_dtype, device=operand.device)
-        if plan is not None:
-            weight = weight_packed, weight_scale, weight_multiplier
-            launch(plan, operand.contiguous(), scale, *weight, bias, out, unpacked)
-        return out
-
-    return run
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """See :meth:`~rrsq.kernels.operation.Operation.prepare`; None where the plan may be another next time."""
+    if operand.shape[0] > FEW_TOKENS:
+        return None
+    plan = _plan_for(operand, weight_packed, weight_multiplier)
+    prepare = _PREPARED.get(type(plan))
+    if prepare is None:
+        return None
+    return prepare(plan, weight_packed, weight_scale, weight_multiplier, bias, out_dtype)
 
 
-_launch.prepare = _prepare  # type: ignore[attr-defined]
-
-
-def launch(
-    plan: Plan,
-    operand: Tensor,
-    scale: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    multiplier: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
-    unpacked: Tensor | None = None,
-) -> None:
-    """Compute ``out`` ``[tokens, out_features]`` of :func:`linear_int8` by ``plan``.
-
-    Without ``enable_fp_fusion`` a product and a sum are rounded one after the other, as in the reference, so
-    that the results are the reference's to the bit.
-    """
-    if isinstance(plan, TwoPassPlan):
-        weight = unpack(packed, multiplier) if unpacked is None else unpacked
-        _int8_gemm(plan, operand, scale, weight, weight_scale, bias, out)
-    elif isinstance(plan, GemvPlan):
-        gemv(plan, operand, scale, packed, weight_scale, multiplier, bias, out)
-    else:
-        packed_gemm(plan, operand, scale, packed, weight_scale, multiplier, bias, out)
+launch.prepare = _prepare  # type: ignore[attr-defined]
 
 
 @triton.jit
@@ -319,7 +302,7 @@ def _int8_gemm(
     weight_scale: Tensor,
     bias: Tensor | None,
     out: Tensor,
-) -> None:
+) -> Tensor:
     """``out = scale ⊗ weight_scale ⊙ (operand @ weight.T) + bias`` of int8 operand and weight."""
     tokens, in_features = operand.shape
     out_features = weight.shape[0]
@@ -368,6 +351,7 @@ def _int8_gemm(
             num_warps=plan.warps,
             num_stages=plan.stages,
         )
+    return out
 
 
 def _describable(*tensors: Tensor) -> bool:

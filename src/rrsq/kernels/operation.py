@@ -38,6 +38,7 @@ from rrsq.errors import KernelUnavailableError, UsageError
 
 __all__ = [
     "BACKENDS",
+    "FEW_TOKENS",
     "Candidate",
     "Constraints",
     "Facts",
@@ -51,6 +52,12 @@ __all__ = [
 ]
 
 BACKENDS = ("eager", "triton")
+FEW_TOKENS = 64
+"""Size classes of tokens: each number up to this one is a class of its own, all larger ones are one class.
+
+What modules keep (:meth:`Operation.prepare`) holds for a class, so constraints may tell classes apart, but
+not numbers of one class.
+"""
 _ENVIRONMENT_VARIABLE = "RRSQ_KERNELS"
 _REMEMBERED = 4096
 _asked_for: ContextVar[str | None] = ContextVar("rrsq kernel backend", default=None)
@@ -158,6 +165,14 @@ class Constraints:
     def violations(self, target: Target, facts: Facts) -> list[str]:
         """Return why a call with these facts cannot be served, one phrase a reason; empty when it can."""
         return [*self._target_violations(target), *self._facts_violations(facts)]
+
+    def check_token_classes(self) -> None:
+        """Raise ValueError where ``tokens`` of one size class would be served and not served."""
+        bounds = self.at_most.get("tokens", 0), self.at_least.get("tokens", 1) - 1
+        if max(bounds) > FEW_TOKENS or "tokens" in self.divisible or "tokens" in self.power_of_two:
+            raise ValueError(
+                f"tokens may be bounded by numbers up to {FEW_TOKENS}: all larger ones are one size class"
+            )
 
     def _target_violations(self, target: Target) -> Iterator[str]:
         for package in self.modules:
@@ -267,7 +282,15 @@ class Operation(Generic[P, R]):
     def kernel(
         self, backend: str, constraints: Constraints, priority: int = 10
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Add the decorated function as an implementation. It is called with all arguments, positionally."""
+        """Add the decorated function as an implementation.
+
+        It is called with all arguments, positionally; where modules keep it (:meth:`prepare`), with the
+        activations positionally and the others by the reference's names.
+
+        Raises:
+            ValueError: a constraint on ``tokens`` tells numbers of one size class apart.
+        """
+        constraints.check_token_classes()
 
         def add(function: Callable[..., Any]) -> Callable[..., Any]:
             name = f"{_checked(backend, 'the kernel backend')}.{self.name}"
@@ -281,23 +304,29 @@ class Operation(Generic[P, R]):
     def prepare(self, *args: Any) -> Callable[..., Any]:
         """What runs calls like this one, with all that will be the same looked up once.
 
-        For modules that decode: the same weight, the same few shapes, thousands of times. A kernel offers it
-        by an attribute ``prepare`` of its function, which takes all arguments and returns a function of those
-        that are activations. Without one, or where there are several GPUs, it is made of the function itself.
+        For modules, which multiply by the same weight thousands of times. It serves activations of the same
+        device, dtypes and channels, contiguous, whose tokens are of the same size class
+        (:data:`FEW_TOKENS`) and not none. At least the choice of the kernel is made; a kernel with more to
+        prepare has an attribute ``prepare`` of its function, which takes all arguments and returns a
+        function of those that are activations, or None.
 
         Args:
             args: all arguments of a call; those that are activations come first.
+
+        Raises:
+            KernelUnavailableError: nothing fits.
         """
-        function = self._choose(args)
-        made = getattr(function, "prepare", None)
-        if made is not None:
-            return made(*args)
-        count = self._activations
-
-        def run(*activations: Any) -> Any:
-            return function(*activations, *args[count:])
-
-        return run
+        device, count = args[0].device, self._activations
+        function: Any = self._op  # Shapes only.
+        if device.type != "meta":
+            facts = self._facts(self._dtypes_of(args), self._sizes_of(args))
+            function = self.select(Target.of(device), facts, str(device)).function
+        prepare = getattr(function, "prepare", None)
+        run = None if prepare is None else prepare(*args)
+        if run is None:
+            constant = zip(self._parameters[count:], args[count:], strict=True)
+            run = functools.partial(function, **dict(constant))  # Adds no frame to the call.
+        return _on_its_device(device, run)
 
     def bind(self, device: torch.device, **facts: int | torch.dtype) -> Callable[..., R]:
         """The implementation for calls on a device with these sizes and dtypes, as a plain function.
@@ -360,16 +389,23 @@ class Operation(Generic[P, R]):
         return self._choose(args)(*args)
 
     def _choose(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        sizes = () if self._sizes is None else self._sizes(*args)
-        dtypes = tuple([getattr(args[i], "dtype", args[i]) for _, i in self._dtypes])
-        key = (args[0].device, _asked_for.get() or _from_environment(), dtypes, sizes)
+        dtypes, sizes = self._dtypes_of(args), self._sizes_of(args)
+        key = (args[0].device, forced_backend(), dtypes, sizes)
         chosen = self._chosen.get(key)
         if chosen is None:
-            facts = dict(zip((name for name, _ in self._dtypes), dtypes, strict=True)) | dict(sizes)
             if len(self._chosen) >= _REMEMBERED:
                 self._chosen.clear()
-            chosen = self._chosen[key] = self.bind(args[0].device, **facts)
+            chosen = self._chosen[key] = self.bind(args[0].device, **self._facts(dtypes, sizes))
         return chosen
+
+    def _dtypes_of(self, args: tuple[Any, ...]) -> tuple[torch.dtype, ...]:
+        return tuple([getattr(args[i], "dtype", args[i]) for _, i in self._dtypes])
+
+    def _sizes_of(self, args: tuple[Any, ...]) -> tuple[tuple[str, int], ...]:
+        return () if self._sizes is None else self._sizes(*args)
+
+    def _facts(self, dtypes: tuple[torch.dtype, ...], sizes: tuple[tuple[str, int], ...]) -> dict[str, Any]:
+        return dict(zip((name for name, _ in self._dtypes), dtypes, strict=True)) | dict(sizes)
 
 
 def _schema(function: Callable[..., Any], mutates: Collection[str]) -> str:

@@ -14,6 +14,8 @@ nothing ran before the capture, the graph clears its own.
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ __all__ = [
     "add_parts",
     "counters",
     "multiply_packed",
-    "packed_gemm",
+    "prepared_packed_gemm",
     "read_step",
     "split_sums",
     "unpack_step",
@@ -335,50 +337,60 @@ def _packed_gemm_kernel(
         tl.store(out_pointer + offset, y.to(out_pointer.dtype.element_ty), mask=mask)
 
 
-def packed_gemm(
+def prepared_packed_gemm(
     plan: FusedPlan,
-    operand: Tensor,
-    scale: Tensor,
     packed: Tensor,
     weight_scale: Tensor,
     multiplier: Tensor | None,
     bias: Tensor | None,
-    out: Tensor,
-    unpacked: Tensor | None = None,
-) -> None:
-    """Compute ``out`` ``[tokens, out_features]`` of :func:`rrsq.kernels.linear_int8`.
+    out_dtype: torch.dtype,
+) -> Callable[..., Tensor]:
+    """For one weight, a function of ``operand`` and ``scale`` (and ``out``, if it is there) to ``out``.
 
-    ``unpacked`` is not read.
+    ``out`` ``[tokens, out_features]`` is that of :func:`rrsq.kernels.linear_int8`, for any number of tokens.
     """
-    tokens, in_features = operand.shape
-    out_features, row_bytes = packed.shape
-    tiles_token, tiles_out = ceil_div(tokens, plan.block_tokens), ceil_div(out_features, plan.block_out)
-    split, partial, meeting = split_sums(plan, tiles_token * tiles_out, row_bytes, torch.int32, scale)
-    _packed_gemm_kernel[(tiles_token, tiles_out, split)](
-        operand,
-        scale,
-        packed,
-        packed if multiplier is None else multiplier,
-        weight_scale,
-        weight_scale if bias is None else bias,
-        out,
-        partial,
-        meeting,
-        tokens,
-        out_features,
-        in_features,
-        HALF=pack_block(in_features) // 2,
-        GROUP=group_size_of(in_features, multiplier),
-        HAS_BIAS=bias is not None,
-        BLOCK_TOKENS=plan.block_tokens,
-        BLOCK_OUT=plan.block_out,
-        BLOCK_BYTES=plan.block_bytes,
-        SPLIT=split,
-        STAGES=plan.stages,
-        EVEN=row_bytes % plan.block_bytes == 0,
-        FULL=tokens % plan.block_tokens == 0,
-        PTX=COMPILED,
-        enable_fp_fusion=False,
-        num_warps=plan.warps,
-        num_stages=plan.stages,
-    )
+    (out_features, row_bytes), device = packed.shape, packed.device
+    in_features = 2 * row_bytes
+    tiles_out = ceil_div(out_features, plan.block_out)
+    multipliers = packed if multiplier is None else multiplier
+    biases, has_bias = (weight_scale, False) if bias is None else (bias, True)
+    half, group_size = pack_block(in_features) // 2, group_size_of(in_features, multiplier)
+    even = row_bytes % plan.block_bytes == 0
+
+    def run(operand: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+        tokens = operand.shape[0]
+        if out is None:
+            out = torch.empty((tokens, out_features), dtype=out_dtype, device=device)
+        tiles_token = ceil_div(tokens, plan.block_tokens)
+        split, partial, meeting = split_sums(plan, tiles_token * tiles_out, row_bytes, torch.int32, scale)
+        _packed_gemm_kernel[(tiles_token, tiles_out, split)](
+            operand,
+            scale,
+            packed,
+            multipliers,
+            weight_scale,
+            biases,
+            out,
+            partial,
+            meeting,
+            tokens,
+            out_features,
+            in_features,
+            HALF=half,
+            GROUP=group_size,
+            HAS_BIAS=has_bias,
+            BLOCK_TOKENS=plan.block_tokens,
+            BLOCK_OUT=plan.block_out,
+            BLOCK_BYTES=plan.block_bytes,
+            SPLIT=split,
+            STAGES=plan.stages,
+            EVEN=even,
+            FULL=tokens % plan.block_tokens == 0,
+            PTX=COMPILED,
+            enable_fp_fusion=False,
+            num_warps=plan.warps,
+            num_stages=plan.stages,
+        )
+        return out
+
+    return run

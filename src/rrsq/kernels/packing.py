@@ -475,41 +475,34 @@ def unpack(packed: Tensor, multiplier: Tensor | None) -> Tensor:
     out_features, row_bytes = packed.shape
     in_features = 2 * row_bytes
     group_size = group_size_of(in_features, multiplier)
+    if not supports_words(in_features, group_size):
+        return dequantize(packed, multiplier, None, torch.int8)
     out = torch.empty(out_features, in_features, dtype=torch.int8, device=packed.device)
-    half = pack_block(in_features) // 2
-    if supports_words(in_features, group_size):
-        words = chunk_words(group_size)
-        rows, chunks = 4, 256 // words
-        grid = (ceil_div(out_features, rows), ceil_div(in_features // 8, chunks * words))
-        unpack_words_kernel[grid](
-            packed.view(torch.int32),
-            packed if multiplier is None else multiplier,
-            out.view(torch.int32),
-            out_features,
-            in_features,
-            HALF=half,
-            GROUP=group_size,
-            CHUNK_WORDS=words,
-            BLOCK_ROWS=rows,
-            CHUNKS=chunks,
-            num_warps=4,
-        )
-    else:
-        _unpack_any(packed, multiplier, None, out)
+    words = chunk_words(group_size)
+    rows, chunks = 4, 256 // words
+    unpack_words_kernel[(ceil_div(out_features, rows), ceil_div(in_features // 8, chunks * words))](
+        packed.view(torch.int32),
+        packed if multiplier is None else multiplier,
+        out.view(torch.int32),
+        out_features,
+        in_features,
+        HALF=pack_block(in_features) // 2,
+        GROUP=group_size,
+        CHUNK_WORDS=words,
+        BLOCK_ROWS=rows,
+        CHUNKS=chunks,
+        num_warps=4,
+    )
     return out
 
 
-def dequantize(packed: Tensor, multiplier: Tensor | None, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """A packed weight ``[out, in]`` in floating point, by a Triton kernel."""
-    out = torch.empty(packed.shape[0], 2 * packed.shape[1], dtype=dtype, device=packed.device)
-    _unpack_any(packed, multiplier, weight_scale, out)
-    return out
-
-
-def _unpack_any(packed: Tensor, multiplier: Tensor | None, weight_scale: Tensor | None, out: Tensor) -> None:
+def dequantize(
+    packed: Tensor, multiplier: Tensor | None, weight_scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """A packed weight ``[out, in]`` of any size in ``dtype``, by a Triton kernel; without scales in int8."""
     rows, row_bytes = packed.shape
-    grid = (rows, ceil_div(row_bytes, 1024))
-    unpack_kernel[grid](
+    out = torch.empty(rows, 2 * row_bytes, dtype=dtype, device=packed.device)
+    unpack_kernel[(rows, ceil_div(row_bytes, 1024))](
         packed,
         packed if multiplier is None else multiplier,
         packed if weight_scale is None else weight_scale,
@@ -523,3 +516,4 @@ def _unpack_any(packed: Tensor, multiplier: Tensor | None, weight_scale: Tensor 
         BLOCK_BYTES=1024,
         num_warps=4,
     )
+    return out

@@ -13,7 +13,7 @@ from ._triton import next_power_of_two, tl, triton
 from .codes import TINY, code_max, code_scale, largest_magnitude, round_to_code, scale_of
 from .operation import operation
 from .quantize_tokens import quantize_tokens
-from .rotation import ACTIVATIONS, hadamard_transform, launch_transform, rotation_sizes
+from .rotation import ACTIVATIONS, hadamard_transform, prepared_rotation, rotation_sizes
 
 __all__ = ["quantize_smoothed", "smoothing_scale", "tokens_per_set"]
 
@@ -227,7 +227,6 @@ def _launch(
     hadamard_inner: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A rotation is a pass of its own here."""
-    x = x.contiguous() if base is None else launch_transform(x, base, hadamard_block, hadamard_inner)
     tokens, channels = x.shape
     groups = channels // group_size
     set_size = tokens_per_set(scope, tokens)
@@ -237,6 +236,9 @@ def _launch(
     group_scale = torch.full((sets, groups), TINY, dtype=torch.float32, device=x.device)
     if tokens == 0:
         return codes, scale, group_scale
+    x = x.contiguous()
+    if base is not None:
+        x = prepared_rotation(x, base, hadamard_block, hadamard_inner)(x)
     order = x if channel_order is None else channel_order
     limit = code_max(bits)
     padded_groups = next_power_of_two(groups)

@@ -24,7 +24,7 @@ from .codes import (
     scale_of,
 )
 from .operation import operation
-from .rotation import ACTIVATIONS, launch_rotation, rotate_reproducibly, rotation_sizes
+from .rotation import ACTIVATIONS, prepared_rotation, rotate_reproducibly, rotation_sizes
 
 __all__ = ["quantize_tokens"]
 
@@ -156,28 +156,33 @@ def _prepare(
     hadamard_block: int,
     hadamard_inner: int,
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """See :meth:`~rrsq.kernels.operation.Operation.prepare`."""
-    (tokens, channels), device = x.shape, x.device
-    limit = code_max(bits)
+    """See :meth:`~rrsq.kernels.operation.Operation.prepare`; for any number of tokens."""
+    channels, device = x.shape[1], x.device
+    limit, group = code_max(bits), group_size or 0
     scale_factor = clip / limit if group_size is None else clip / (limit * MULTIPLIER_MAX)
-    if base is not None or tokens == 0:
+    code_factor = clip / limit
+    if base is not None:
+        factors = scale_factor, code_factor
+        rotate = prepared_rotation(x, base, hadamard_block, hadamard_inner, factors, limit, group)
 
-        def rotate(x: Tensor) -> tuple[Tensor, Tensor]:
-            return _launch(x, bits, group_size, clip, base, hadamard_block, hadamard_inner)
+        def run_rotated(x: Tensor) -> tuple[Tensor, Tensor]:
+            operand = torch.empty(x.shape, dtype=torch.int8, device=device)
+            scale = torch.empty(x.shape[0], dtype=torch.float32, device=device)
+            rotate(x, operand, scale)
+            return operand, scale
 
-        return rotate
+        return run_rotated
     block = max(next_power_of_two(channels), 64)
     if block > _WHOLE_ROW:
         block = _WHOLE_ROW // 4
-    kernel = _quantize_kernel[(tokens,)]
-    code_factor, group = clip / limit, group_size or 0
     blocks, warps = ceil_div(channels, block), min(max(block // 1024, 1), 16)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.contiguous()
+        tokens = x.shape[0]
         operand = torch.empty((tokens, channels), dtype=torch.int8, device=device)
         scale = torch.empty(tokens, dtype=torch.float32, device=device)
-        kernel(
+        _quantize_kernel[(tokens,)](
             x,
             operand,
             scale,
@@ -206,21 +211,10 @@ def _launch(
     hadamard_block: int,
     hadamard_inner: int,
 ) -> tuple[Tensor, Tensor]:
-    tokens = x.shape[0]
-    if base is None and tokens:
-        return _prepare(x, bits, group_size, clip, base, hadamard_block, hadamard_inner)(x)
-    x = x.contiguous()
-    operand = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    if tokens == 0:
-        return operand, scale
-    limit = code_max(bits)
-    factors = (clip / limit if group_size is None else clip / (limit * MULTIPLIER_MAX), clip / limit)
-    assert base is not None
-    launch_rotation(
-        x, base, hadamard_block, hadamard_inner, operand, scale, factors, limit, group_size or 0, True
-    )
-    return operand, scale
+    if x.shape[0] == 0:
+        scale = torch.empty(0, dtype=torch.float32, device=x.device)
+        return torch.empty(x.shape, dtype=torch.int8, device=x.device), scale
+    return _prepare(x, bits, group_size, clip, base, hadamard_block, hadamard_inner)(x)
 
 
 _launch.prepare = _prepare  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ of its row's largest.
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -32,8 +33,7 @@ __all__ = [
     "RotationSplit",
     "hadamard_transform",
     "half_range",
-    "launch_rotation",
-    "launch_transform",
+    "prepared_rotation",
     "rotate_reproducibly",
     "rotation_shape",
     "rotation_sizes",
@@ -438,57 +438,71 @@ def _rotation_kernel(
             tl.store(out_pointer + start + offset, y, mask=offset < CHANNELS)
 
 
-def launch_rotation(
+def prepared_rotation(
     x: Tensor,
     base: Tensor,
     hadamard_block: int,
     inner: int,
-    out: Tensor,
-    scale: Tensor,
-    factors: tuple[float, float],
-    code_limit: int,
-    group_size: int,
-    quantize: bool,
-) -> None:
-    """Rotate ``x`` ``[tokens, channels]`` into ``out``; with ``quantize`` into its int8 operand and scale."""
-    shape = rotation_shape(x.shape[1], base.shape[0], hadamard_block, inner)
+    factors: tuple[float, float] = (0.0, 0.0),
+    code_limit: int = 0,
+    group_size: int = 0,
+) -> Callable[..., Tensor]:
+    """A function of activations like ``x`` ``[tokens, channels]``, of any number of tokens but none.
+
+    It returns them rotated, in float32; with a ``code_limit`` it is given ``out`` and ``scale`` too, for
+    their int8 operand and its scale a token.
+    """
+    channels, device, quantize = x.shape[1], x.device, code_limit > 0
+    shape = rotation_shape(channels, base.shape[0], hadamard_block, inner)
     split = shape.split
     exact = not quantize and x.dtype == torch.float32
     dense, fast = _rotation_factors(base, shape, torch.float32 if exact else torch.float16)
-    tokens = x.shape[0]
+    programs = shape.programs * processors(device)
+    scale_factor, code_factor = factors
+    normalization = 1.0 / math.sqrt(hadamard_block)
     limit = {} if shape.registers is None else {"maxnreg": shape.registers}
-    _rotation_kernel[(min(tokens, shape.programs * processors(x.device)),)](
-        x,
-        dense,
-        fast,
-        out,
-        scale,
-        tokens,
-        factors[0],
-        factors[1],
-        1.0 / math.sqrt(hadamard_block),
-        CHANNELS=x.shape[1],
-        DENSE=split.dense,
-        DENSE_PADDED=shape.dense_padded,
-        DENSE_STEP=shape.dense_step,
-        FAST=split.fast,
-        MIX_FAST=split.mix_fast,
-        CODE_MAX=code_limit,
-        GROUP=group_size,
-        QUANTIZE=quantize,
-        EXACT=exact,
-        STAGES=shape.stages,
-        num_warps=shape.warps,
-        enable_fp_fusion=False,
-        **limit,
-    )
+
+    def run(x: Tensor, out: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        x = x.contiguous()
+        tokens = x.shape[0]
+        if out is None:
+            out = torch.empty((tokens, channels), dtype=torch.float32, device=device)
+        _rotation_kernel[(min(tokens, programs),)](
+            x,
+            dense,
+            fast,
+            out,
+            out if scale is None else scale,
+            tokens,
+            scale_factor,
+            code_factor,
+            normalization,
+            CHANNELS=channels,
+            DENSE=split.dense,
+            DENSE_PADDED=shape.dense_padded,
+            DENSE_STEP=shape.dense_step,
+            FAST=split.fast,
+            MIX_FAST=split.mix_fast,
+            CODE_MAX=code_limit,
+            GROUP=group_size,
+            QUANTIZE=quantize,
+            EXACT=exact,
+            STAGES=shape.stages,
+            num_warps=shape.warps,
+            enable_fp_fusion=False,
+            **limit,
+        )
+        return out
+
+    return run
 
 
 @hadamard_transform.kernel("triton", ACTIVATIONS)
-def launch_transform(x: Tensor, base: Tensor, hadamard_block: int, inner: int) -> Tensor:
-    """The kernel of :func:`hadamard_transform`."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    out = torch.empty(rows.shape, dtype=torch.float32, device=x.device)
-    if rows.shape[0]:
-        launch_rotation(rows, base, hadamard_block, inner, out, out, (0.0, 0.0), 0, 0, False)
-    return out.view(x.shape)
+def _launch(x: Tensor, base: Tensor, hadamard_block: int, inner: int) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 0:
+        return torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    return prepared_rotation(rows, base, hadamard_block, inner)(rows).view(x.shape)
+
+
+_launch.prepare = prepared_rotation  # type: ignore[attr-defined]

@@ -88,9 +88,10 @@ def quantize_input_modules(
     for name in how.linears:
         replaced[name] = _empty(originals[name], how.weights, quantizer)
         setattr(parent, name, replaced[name])
-    biases = {linear.bias is not None for linear in originals.values()}
-    if len(entry.linears) > 1 and how.linears == entry.linears and len(biases) == 1:
-        setattr(parent, entry.fused_name, FusedLinears(parent, entry.linears))
+    biases = {linear.bias is not None for linear in replaced.values()}
+    if len(replaced) > 1 and len(biases) == 1:
+        others = tuple(name for name in entry.linears if name not in replaced)
+        setattr(parent, entry.fused_name, FusedLinears(parent, how.linears, others))
     return replaced
 
 

@@ -161,7 +161,7 @@ class Decoder:
         return storage
 
     def _replace(self, layers: list[Any], device: torch.device) -> bool:
-        """Put layers of codes in the place of a new cache's; False, and nothing is done, where that cannot be."""
+        """Put layers of codes in the place of a new cache's; False where that cannot be."""
         new: list[CodesLayer] = []
         for quantizer, layer in zip(self.quantizers, layers, strict=True):
             codes = quantizer.reads_codes(device)

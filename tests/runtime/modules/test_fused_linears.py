@@ -128,6 +128,51 @@ def test_one_quantization_and_one_product(monkeypatch: pytest.MonkeyPatch) -> No
             assert calls.made == ["quantize_tokens", "linear_int8"]
 
 
+def with_plain_keys(*, together: bool) -> Attention:
+    """Keys in full precision between quantized queries and values."""
+    attention = Attention(INTEGER)
+    attention.k_proj = nn.Linear(IN, ROWS["k_proj"]).requires_grad_(False)
+    attention.k_proj.weight.copy_(torch.randn(ROWS["k_proj"], IN, generator=torch.Generator().manual_seed(2)))
+    attention.k_proj.bias.zero_()
+    if together:
+        attention.qkv_fused = FusedLinears(attention, ("q_proj", "v_proj"), ("k_proj",))
+    return attention
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 65])
+def test_linears_beside_one_in_full_precision(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, together = with_plain_keys(together=False), with_plain_keys(together=True)
+    x = activations(tokens)
+    expected = alone(x)
+    for _ in range(3):
+        assert torch.equal(together(x), expected)
+        assert torch.equal(together(hidden_states=x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(together))(x), expected)
+    compiled = torch.compile(copy.deepcopy(together), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), expected)
+    calls = Calls(monkeypatch, "quantize_tokens", "linear_int8")
+    fresh = with_plain_keys(together=True)
+    for _ in range(3):
+        calls.made.clear()
+        fresh(x)
+    assert calls.made == ["quantize_tokens", "linear_int8"]
+
+
+def test_each_works_by_itself_where_the_one_in_full_precision_is_replaced() -> None:
+    """An adapter in its place may do with the input what it likes."""
+    attention, x = with_plain_keys(together=True), activations(3)
+    expected = attention(x)
+    base = attention.k_proj
+
+    class Adapter(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[-1] == IN
+            return base(x) + x.sum(-1, keepdim=True) * 0
+
+    attention.k_proj = Adapter()
+    assert torch.equal(attention(x), expected)
+
+
 def test_the_weight_is_in_memory_once() -> None:
     attention = fused(INTEGER)
     attention(activations(3))

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ... import kernels
 from ...kernels import Routing
 from .gradient import StraightThrough, needs_gradient
-from .input import InputQuantizer, Int8Input, SmoothedInput
+from .input import InputQuantizer, PreparedLinear
 from .linear import PackedWeight
 from .rotation import rotated_input
 
@@ -84,33 +85,26 @@ class QuantizedExpertLinear(PackedWeight):
                 lambda x: self._multiply(x, routing, rows_per_token),
                 lambda grad: self._input_gradient(grad, x.shape[0], routing, rows_per_token),
             )
-        return self._multiply(x, routing, rows_per_token)
+        if is_compiling() or not self._stays() or not x.numel():
+            return self._multiply(x, routing, rows_per_token)
+        quantize, multiply = self._prepared.find(x, lambda x: self._prepare(x, routing, rows_per_token))
+        operand = self.input_quantizer.operand(quantize(x), x.shape[0])
+        return multiply(*operand.grouped(), *routing, rows_per_token)
+
+    def _prepare(self, x: Tensor, routing: Routing, rows_per_token: int) -> PreparedLinear:
+        quantize = self.input_quantizer.prepare(x)
+        operand = self.input_quantizer.operand(quantize(x), x.shape[0])
+        rows = *operand.grouped(), *routing, rows_per_token
+        return quantize, kernels.grouped_linear.prepare(*rows, *self._weight(x.dtype))
 
     def _multiply(self, x: Tensor, routing: Routing, rows_per_token: int) -> Tensor:
-        quantized = self.input_quantizer(x)
-        scale: Tensor | None = None
-        group_scale: Tensor | None = None
-        tokens_per_set = 1
-        if isinstance(quantized, Int8Input):
-            operand, scale = quantized.operand, quantized.scale
-        elif isinstance(quantized, SmoothedInput):
-            operand, scale, group_scale = quantized.codes, quantized.scale, quantized.group_scale
-            tokens_per_set = quantized.tokens_per_set
-        else:
-            operand = quantized.x
-        return kernels.grouped_linear(
-            operand,
-            scale,
-            group_scale,
-            tokens_per_set,
-            *routing,
-            rows_per_token,
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_multiplier,
-            x.dtype,
-            self._cpu_operand(),
-        )
+        rows = *self.input_quantizer(x).grouped(), *routing, rows_per_token
+        return kernels.grouped_linear(*rows, *self._weight(x.dtype))
+
+    def _weight(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """The last arguments of a product."""
+        weight = self.weight_packed, self.weight_scale, self.weight_multiplier
+        return *weight, dtype, self._cpu_operand()
 
     def _input_gradient(self, grad: Tensor, tokens: int, routing: Routing, rows_per_token: int) -> Tensor:
         weight = self.dequantized_weight()

@@ -18,6 +18,7 @@ __all__ = [
     "InputQuantizer",
     "InputScheme",
     "Int8Input",
+    "PreparedLinear",
     "QuantizedInput",
     "SmoothedInput",
     "Weight",
@@ -82,42 +83,65 @@ class Weight(NamedTuple):
     unpacked: Tensor | None
 
 
+GroupedOperand = tuple[Tensor, Tensor | None, Tensor | None, int]
+"""The first arguments of :func:`rrsq.kernels.grouped_linear`."""
+Call = tuple[Any, tuple[Any, ...]]
+"""An operation and its arguments."""
+
+
+class _Operand:
+    """What a weight is multiplied by."""
+
+    def product(self, weight: Weight, dtype: torch.dtype) -> Call:
+        """What multiplies by a weight: ``[tokens, out]`` in ``dtype``."""
+        raise NotImplementedError
+
+    def grouped(self) -> GroupedOperand:
+        """The same for the linears of a mixture of experts."""
+        raise NotImplementedError
+
+    def multiply(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """``x̂ Ŵᵀ + b``: ``[tokens, out]`` in ``dtype``."""
+        operation, arguments = self.product(weight, dtype)
+        return operation(*arguments)
+
+
 @dataclass(frozen=True)
-class FloatInput:
+class FloatInput(_Operand):
     """Activations in floating point ``[tokens, channels]``: 16-bit ones, or a simulation's."""
 
     x: Tensor
 
-    def multiply(self, weight: Weight, dtype: torch.dtype) -> Tensor:
-        """``x Ŵᵀ + b``: ``[tokens, out]`` in ``dtype``, that of ``x``."""
-        return kernels.linear_w4a16(
-            self.x, weight.packed, weight.scale, weight.multiplier, weight.bias, weight.unpacked
-        )
+    def product(self, weight: Weight, dtype: torch.dtype) -> Call:
+        """See :class:`_Operand`; ``dtype`` is that of ``x``."""
+        packed, scale, multiplier, bias, unpacked = weight
+        return kernels.linear_w4a16, (self.x, packed, scale, multiplier, bias, unpacked)
+
+    def grouped(self) -> GroupedOperand:
+        """See :class:`_Operand`."""
+        return self.x, None, None, 1
 
 
 @dataclass(frozen=True)
-class Int8Input:
+class Int8Input(_Operand):
     """int8 ``operand [tokens, channels]`` and float32 ``scale [tokens]``: ``x ≈ operand * scale``."""
 
     operand: Tensor
     scale: Tensor
 
-    def multiply(self, weight: Weight, dtype: torch.dtype) -> Tensor:
-        """``x̂ Ŵᵀ + b``: ``[tokens, out]`` in ``dtype``."""
-        return kernels.linear_int8(
-            self.operand,
-            self.scale,
-            weight.packed,
-            weight.scale,
-            weight.multiplier,
-            weight.bias,
-            dtype,
-            weight.unpacked,
-        )
+    def product(self, weight: Weight, dtype: torch.dtype) -> Call:
+        """See :class:`_Operand`."""
+        packed, scale, multiplier, bias, unpacked = weight
+        arguments = self.operand, self.scale, packed, scale, multiplier, bias, dtype, unpacked
+        return kernels.linear_int8, arguments
+
+    def grouped(self) -> GroupedOperand:
+        """See :class:`_Operand`."""
+        return self.operand, self.scale, None, 1
 
 
 @dataclass(frozen=True)
-class SmoothedInput:
+class SmoothedInput(_Operand):
     """int8 ``codes``, float32 ``scale [tokens]`` and ``group_scale [sets, groups]`` of real smoothing."""
 
     codes: Tensor
@@ -125,23 +149,22 @@ class SmoothedInput:
     group_scale: Tensor
     tokens_per_set: int
 
-    def multiply(self, weight: Weight, dtype: torch.dtype) -> Tensor:
-        """``x̂ Ŵᵀ + b``: ``[tokens, out]`` in ``dtype``."""
-        return kernels.linear_group_scaled(
-            self.codes,
-            self.scale,
-            self.group_scale,
-            self.tokens_per_set,
-            weight.packed,
-            weight.scale,
-            weight.bias,
-            dtype,
-            weight.multiplier,
-            weight.unpacked,
-        )
+    def product(self, weight: Weight, dtype: torch.dtype) -> Call:
+        """See :class:`_Operand`."""
+        packed, scale, multiplier, bias, unpacked = weight
+        smoothed = self.codes, self.scale, self.group_scale, self.tokens_per_set
+        return kernels.linear_group_scaled, (*smoothed, packed, scale, bias, dtype, multiplier, unpacked)
+
+    def grouped(self) -> GroupedOperand:
+        """See :class:`_Operand`."""
+        return self.codes, self.scale, self.group_scale, self.tokens_per_set
 
 
 QuantizedInput = FloatInput | Int8Input | SmoothedInput
+PreparedLinear = tuple[Callable[[Tensor], tuple[Tensor, ...]], Callable[..., Tensor]]
+"""What quantizes rows, and what multiplies the tensors that it returns by a weight."""
+_ALL_TOKENS = 2**31 - 1
+"""More tokens than there are: as many share a scale of the whole sequence, whatever their number."""
 
 
 class InputQuantizer(nn.Module):
@@ -163,49 +186,56 @@ class InputQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> QuantizedInput:
         """Quantize ``x`` ``[..., channels]``, flattened to tokens."""
-        scheme = self.scheme
-        rows = x.reshape(-1, scheme.channels)
-        if scheme.bits == 16 or scheme.simulated:
-            return FloatInput(self.simulate(rows).to(x.dtype))
-        if scheme.group_size is None or scheme.scales == "integer":
-            return self._quantize_tokens(rows)
-        codes, scale, group_scale = kernels.quantize_smoothed(
-            rows,
-            scheme.bits,
-            scheme.group_size,
-            scheme.scope,
-            scheme.statistic,
-            scheme.clip,
-            self.channel_order,
-            *self._rotation_arguments(rows.device),
-        )
-        size = kernels.tokens_per_set(scheme.scope, rows.shape[0])
-        return SmoothedInput(codes, scale, group_scale, size)
+        rows = x.reshape(-1, self.scheme.channels)
+        if self._stays_float:
+            return self.operand((self._floats(rows),), rows.shape[0])
+        operation, arguments = self._quantization(rows.device)
+        return self.operand(operation(rows, *arguments), rows.shape[0])
 
-    def prepare(self, rows: Tensor, weight: Weight, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-        """What quantizes rows like ``[tokens, channels]`` and multiplies them by a weight, looked up once.
+    def prepare(self, rows: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """What quantizes rows like these, with all that will be the same looked up once.
 
-        None where no integers without real group scales are multiplied.
+        Args:
+            rows: ``[tokens, channels]``; see :meth:`rrsq.kernels.operation.Operation.prepare`.
+
+        Returns:
+            A function of such rows to the tensors that :meth:`forward` makes of them.
         """
+        if not self._stays_float:
+            operation, arguments = self._quantization(rows.device)
+            return operation.prepare(rows, *arguments)
+        if self.scheme.simulated:
+            return lambda rows: (self._floats(rows),)
+        if self.rotation is None:
+            return lambda rows: (rows,)
+        rotate = kernels.hadamard_transform.prepare(rows.float(), *self._rotation_arguments(rows.device))
+        return lambda rows: (rotate(rows.float()).to(rows.dtype),)
+
+    def prepare_linear(self, rows: Tensor, weight: Weight) -> PreparedLinear:
+        """What quantizes rows like these, and what multiplies the result by a weight."""
+        quantize = self.prepare(rows)
+        operation, arguments = self.operand(quantize(rows), _ALL_TOKENS).product(weight, rows.dtype)
+        return quantize, operation.prepare(*arguments)
+
+    @property
+    def _stays_float(self) -> bool:
+        return self.scheme.bits == 16 or self.scheme.simulated
+
+    def _floats(self, rows: Tensor) -> Tensor:
+        """What is multiplied in floating point."""
+        if self.scheme.bits == 16 and self.rotation is None:
+            return rows
+        return self.simulate(rows).to(rows.dtype)
+
+    def operand(self, tensors: tuple[Tensor, ...], tokens: int) -> QuantizedInput:
+        """What is multiplied, of the tensors that a prepared function returns for so many tokens."""
         scheme = self.scheme
-        if scheme.bits == 16 or not (scheme.group_size is None or scheme.scales == "integer"):
-            return None
-        operation, arguments = self._operation(rows.device)
-        quantize = operation.prepare(rows, *arguments)
-        multiply = kernels.linear_int8.prepare(
-            *quantize(rows),
-            weight.packed,
-            weight.scale,
-            weight.multiplier,
-            weight.bias,
-            dtype,
-            weight.unpacked,
-        )
-
-        def run(rows: Tensor) -> Tensor:
-            return multiply(*quantize(rows))
-
-        return run
+        if self._stays_float:
+            return FloatInput(*tensors)
+        if scheme.group_size is None or scheme.scales == "integer":
+            return Int8Input(*tensors)
+        codes, scale, group_scale = tensors
+        return SmoothedInput(codes, scale, group_scale, kernels.tokens_per_set(scheme.scope, tokens))
 
     def _rotation_arguments(self, device: torch.device) -> tuple[Tensor | None, int, int]:
         rotation = self.rotation
@@ -213,18 +243,17 @@ class InputQuantizer(nn.Module):
             (None, 0, 1) if rotation is None else (rotation.base(device), rotation.plan.block, rotation.inner)
         )
 
-    def _quantize_tokens(self, rows: Tensor) -> Int8Input:
-        operation, arguments = self._operation(rows.device)
-        return Int8Input(*operation(rows, *arguments))
-
-    def _operation(self, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
-        """What makes an int8 operand and a scale a token, and its arguments beside the tokens."""
+    def _quantization(self, device: torch.device) -> Call:
+        """What makes integers of tokens, and its arguments beside them."""
         scheme = self.scheme
         if scheme.signed:
             block = 1 if self.rotation is None else self.rotation.plan.block
             return kernels.quantize_signed, (scheme.bits, scheme.group_size, block)
         rotation = self._rotation_arguments(device)
-        return kernels.quantize_tokens, (scheme.bits, scheme.group_size, scheme.clip, *rotation)
+        if scheme.group_size is None or scheme.scales == "integer":
+            return kernels.quantize_tokens, (scheme.bits, scheme.group_size, scheme.clip, *rotation)
+        smoothing = scheme.group_size, scheme.scope, scheme.statistic, scheme.clip, self.channel_order
+        return kernels.quantize_smoothed, (scheme.bits, *smoothing, *rotation)
 
     def undo(self, grad: Tensor) -> Tensor:
         """Gradients ``[..., channels]`` at what the linears multiply as gradients at the input itself."""
@@ -236,8 +265,9 @@ class InputQuantizer(nn.Module):
         """What the quantized input stands for: float32 ``[..., channels]`` in the original channel order."""
         scheme = self.scheme
         if scheme.bits != 16 and (scheme.group_size is None or scheme.scales == "integer"):
-            quantized = self._quantize_tokens(x.reshape(-1, scheme.channels))
-            return (quantized.operand.float() * quantized.scale.unsqueeze(1)).view(x.shape)
+            operation, arguments = self._quantization(x.device)
+            operand, scale = operation(x.reshape(-1, scheme.channels), *arguments)
+            return (operand.float() * scale.unsqueeze(1)).view(x.shape)
         x = x.float() if self.rotation is None else self.rotation(x.float())
         if scheme.bits == 16 or scheme.group_size is None:
             return x

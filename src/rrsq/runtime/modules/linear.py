@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ... import kernels
-from ...kernels.operation import forced_backend
+from ...kernels.operation import FEW_TOKENS, forced_backend
 from .gradient import StraightThrough, needs_gradient
-from .input import InputQuantizer, Weight
+from .input import InputQuantizer, PreparedLinear, Weight
 
-__all__ = ["FusedLinears", "PackedWeight", "Projections", "QuantizedLinear"]
+__all__ = ["FusedLinears", "PackedWeight", "Prepared", "Projections", "QuantizedLinear"]
 
-_DECODED = 64
-"""Tokens up to which what runs them is kept: of a decode step; for more the host's part does not matter."""
+_Kept = TypeVar("_Kept")
 
-_Runs = dict[tuple[int, torch.dtype, str | None], Callable[[Tensor], Tensor]]
+
+class Prepared(dict[tuple[int, torch.dtype, str | None], _Kept]):
+    """What runs the tokens of a size class, by class, dtype and forced backend; so there are few."""
+
+    def find(self, rows: Tensor, make: Callable[[Tensor], _Kept]) -> _Kept:
+        """What runs rows ``[tokens, channels]`` like these; made where it is not there.
+
+        It is not kept while a CUDA graph is captured: the memory of its tensors would be the graph's.
+        """
+        tokens = rows.shape[0]
+        key = tokens if tokens <= FEW_TOKENS else FEW_TOKENS + 1, rows.dtype, forced_backend()
+        kept = self.get(key)
+        if kept is None:
+            kept = make(rows)
+            if not (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self[key] = kept
+        return kept
 
 
 class PackedWeight(nn.Module):
@@ -64,7 +79,20 @@ class PackedWeight(nn.Module):
         self._operand: Tensor | None = None
         self._seen: weakref.ref[Tensor] | None = None
         self._prepared_for: Tensor | None = None
-        self._runs: _Runs = {}
+        self._prepared = Prepared[Any]()
+
+    def _stays(self) -> bool:
+        """Whether the weight was there at the last call: another may be gone at the next (offloading)."""
+        packed = self._buffers["weight_packed"]
+        if self._prepared_for is packed:
+            return True
+        known = self._seen is not None and self._seen() is packed
+        if known:
+            self._prepared_for, self._prepared = packed, Prepared()
+        else:
+            self._forget()
+            self._seen = weakref.ref(self.weight_packed)
+        return known
 
     @property
     def input_quantizer(self) -> InputQuantizer:
@@ -103,13 +131,10 @@ class PackedWeight(nn.Module):
         """
         if is_compiling():
             return self._operand
-        known = self._seen is not None and self._seen() is self.weight_packed
-        if not known:
-            self._forget()
-            self._seen = weakref.ref(self.weight_packed)
-        if self.weight_packed.device.type != "cpu":
+        packed = self.weight_packed
+        if packed.device.type != "cpu":
             return None
-        if not known:
+        if self._prepared_for is not packed:
             return self._unpacked()
         if self._operand is None:
             self._operand = self._unpacked()
@@ -118,7 +143,7 @@ class PackedWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own unpacked weight, and does not carry the tensor that its linears share.
         buffers = {name: None if x is None else x.clone() for name, x in self._buffers.items()}
-        forgotten: dict[str, Any] = {"_operand": None, "_seen": None, "_prepared_for": None, "_runs": {}}
+        forgotten = {"_operand": None, "_seen": None, "_prepared_for": None, "_prepared": Prepared[Any]()}
         return {**self.__dict__, **forgotten, "_buffers": buffers}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -179,33 +204,17 @@ class QuantizedLinear(PackedWeight):
         """``[..., in]`` to ``[..., out]`` in the dtype of ``x``; of projections, this linear's."""
         if isinstance(x, Projections):
             return x.outputs[self.place]
-        if is_compiling() or needs_gradient(x):
-            if needs_gradient(x):
-                return StraightThrough.apply(x, self._multiply, self._input_gradient)
+        stays = not is_compiling() and self._stays()
+        if needs_gradient(x):
+            return StraightThrough.apply(x, self._multiply, self._input_gradient)
+        if not stays or not x.numel():
             return self._multiply(x)
-        packed = self._buffers["weight_packed"]
-        if self._prepared_for is not packed:
-            return self._first_call(x)
         rows = x.reshape(-1, self.in_features)
-        run = self._runs.get((rows.shape[0], x.dtype, forced_backend()))
-        if run is None:
-            return self._prepare(x, rows)
-        return run(rows).view(*x.shape[:-1], self.out_features)
+        quantize, multiply = self._prepared.find(rows, self._prepare)
+        return multiply(*quantize(rows)).view(*x.shape[:-1], self.out_features)
 
-    def _first_call(self, x: Tensor) -> Tensor:
-        """With a weight that was not there at the last call: it may be gone at the next (offloading)."""
-        packed = self.weight_packed
-        if self._seen is not None and self._seen() is packed:
-            self._prepared_for, self._runs = packed, {}
-        return self._multiply(x)
-
-    def _prepare(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Keep what runs this number of tokens, if they are few."""
-        if 0 < rows.shape[0] <= _DECODED:
-            run = self.input_quantizer.prepare(rows, self._weight(), x.dtype)
-            if run is not None:
-                self._runs[rows.shape[0], x.dtype, forced_backend()] = run
-        return self._multiply(x)
+    def _prepare(self, rows: Tensor) -> PreparedLinear:
+        return self.input_quantizer.prepare_linear(rows, self._weight())
 
     def _multiply(self, x: Tensor) -> Tensor:
         y = self.input_quantizer(x).multiply(self._weight(), x.dtype)
@@ -230,13 +239,15 @@ class Projections:
     """An input's products with all linears that read it, given to their parent in place of that input.
 
     Attributes:
-        outputs: ``[..., out]`` of each linear.
+        input: what was multiplied, for linears of the input that are in full precision.
+        outputs: ``[..., out]`` of each quantized linear.
         shape, dtype, device: of the input.
     """
 
-    __slots__ = ("device", "dtype", "outputs", "shape")
+    __slots__ = ("device", "dtype", "input", "outputs", "shape")
 
     def __init__(self, x: Tensor, outputs: tuple[Tensor, ...]) -> None:
+        self.input = x
         self.outputs = outputs
         self.shape = x.shape
         self.dtype = x.dtype
@@ -247,8 +258,13 @@ class Projections:
         return self.shape
 
 
+def _take_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before a linear in full precision: the input itself in place of projections."""
+    return tuple(x.input if isinstance(x, Projections) else x for x in args)
+
+
 class FusedLinears(nn.Module):
-    """All linears of one input as one: one quantization and one product.
+    """All quantized linears of one input as one: one quantization and one product.
 
     transformers' modules call ``q_proj``, ``k_proj`` and ``v_proj`` one after the other with the same tensor.
     A hook on their parent multiplies before it runs, and gives it :class:`Projections` in place of the input,
@@ -259,16 +275,20 @@ class FusedLinears(nn.Module):
     Args:
         parent: of the linears. The input is the first argument of its forward pass, or ``hidden_states``.
         names: of the linears in it; they have one input quantizer, and all of them a bias or none.
+        others: names of linears in full precision that read the same input.
     """
 
-    def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(self, parent: nn.Module, names: tuple[str, ...], others: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.names = names
+        self._others = tuple((name, getattr(parent, name)) for name in others)
+        for _, other in self._others:
+            other.register_forward_pre_hook(_take_input)
         self._linears: tuple[QuantizedLinear, ...] = tuple(getattr(parent, name) for name in names)
         for place, linear in enumerate(self._linears):
             linear.place = place
         self._joined: tuple[tuple[Tensor, ...], Weight] | None = None
-        self._runs: _Runs = {}
+        self._prepared = Prepared[PreparedLinear]()
         self._rows = [linear.out_features for linear in self._linears]
         parent.register_forward_pre_hook(self._before, with_kwargs=True)
 
@@ -279,24 +299,14 @@ class FusedLinears(nn.Module):
             return x
         if needs_gradient(x):
             y = StraightThrough.apply(x, lambda x: self._multiply(x, weight), self._input_gradient)
-        elif is_compiling():
+        elif is_compiling() or not x.numel():
             y = self._multiply(x, weight)
         else:
             rows = x.reshape(-1, x.shape[-1])
-            run = self._runs.get((rows.shape[0], x.dtype, forced_backend()))
-            if run is None:
-                y = self._prepare(x, rows, weight)
-            else:
-                y = run(rows).view(*x.shape[:-1], -1)
+            prepare = self._linears[0].input_quantizer.prepare_linear
+            quantize, multiply = self._prepared.find(rows, lambda rows: prepare(rows, weight))
+            y = multiply(*quantize(rows)).view(*x.shape[:-1], -1)
         return Projections(x, y.split(self._rows, dim=-1))
-
-    def _prepare(self, x: Tensor, rows: Tensor, weight: Weight) -> Tensor:
-        """Keep what runs this number of tokens, if they are few."""
-        if 0 < rows.shape[0] <= _DECODED:
-            run = self._linears[0].input_quantizer.prepare(rows, weight, x.dtype)
-            if run is not None:
-                self._runs[rows.shape[0], x.dtype, forced_backend()] = run
-        return self._multiply(x, weight)
 
     def _multiply(self, x: Tensor, weight: Weight) -> Tensor:
         y = self._linears[0].input_quantizer(x).multiply(weight, x.dtype)
@@ -309,7 +319,7 @@ class FusedLinears(nn.Module):
     def join(self) -> None:
         """Make one weight of the linears', which become views of it; nothing where they are not together."""
         self._joined = None
-        self._runs = {}
+        self._prepared = Prepared()
         linears = self._linears
         device = linears[0].weight_packed.device
         if device.type == "meta" or any(linear.weight_packed.device != device for linear in linears):
@@ -351,7 +361,8 @@ class FusedLinears(nn.Module):
         self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         modules = parent._modules
-        if any(modules[name] is not linear for name, linear in zip(self.names, self._linears, strict=True)):
+        expected = *zip(self.names, self._linears, strict=True), *self._others
+        if any(modules[name] is not linear for name, linear in expected):
             return args, kwargs
         if args:
             return (self(args[0]), *args[1:]), kwargs
@@ -365,4 +376,4 @@ class FusedLinears(nn.Module):
         return module
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_joined": None, "_runs": {}}
+        return {**self.__dict__, "_joined": None, "_prepared": Prepared[PreparedLinear]()}
