@@ -32,6 +32,8 @@ _LOWEST, _HIGHEST = 8.49, 7.49
 """Magnitudes, in steps, that are still rounded to -8 and to 7."""
 _STEPS = (0, -1, 1)
 """The multipliers that are tried, relative to the least one that clips nothing."""
+_PIECE = 2**17
+"""Elements that the reference takes at a time."""
 
 
 def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -93,13 +95,26 @@ def quantize_signed(x: Tensor, bits: int, group_size: int | None, block: int) ->
         ``y ≈ operand * scale``. The scale of a token that holds NaN or an infinite value is NaN, and its
         operand anything.
     """
+    operand = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    # A few tokens at a time: it takes some ten copies of them.
+    rows = max(_PIECE // x.shape[1], 1)
+    for part, to, scales in zip(x.split(rows), operand.split(rows), scale.split(rows), strict=True):
+        codes, a = _quantized(part, bits, group_size, block)
+        to.copy_(codes)
+        scales.copy_(a)
+    return operand, scale
+
+
+def _quantized(x: Tensor, bits: int, group_size: int | None, block: int) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_signed`, the former float32."""
     y = _butterflies(x, block)
     norm = 1.0 / math.sqrt(block)
     largest = y.abs().amax(1) * norm
     if group_size is None:
         c = code_max(bits)
         scale = code_scale(largest, 1.0 / c)
-        return (y * (norm * (1.0 / scale)).unsqueeze(1)).round_().clamp_(-c, c).to(torch.int8), scale
+        return (y * (norm * (1.0 / scale)).unsqueeze(1)).round_().clamp_(-c, c), scale
     scale = code_scale(largest, 1.0 / (7 * SIGNED_MAX))
     r = (y * (norm * (1.0 / scale)).unsqueeze(1)).half().float().unflatten(1, (-1, group_size))
     top, bottom = r.amax(2, keepdim=True), -r.amin(2, keepdim=True)
@@ -115,7 +130,7 @@ def quantize_signed(x: Tensor, bits: int, group_size: int | None, block: int) ->
         error = _sum_of_squares((r - operand).half())
         best = torch.where(error < least, operand, best)
         least = torch.minimum(error, least)
-    return best.flatten(1).to(torch.int8), scale
+    return best.flatten(1), scale
 
 
 def _sum_of_squares(error: Tensor) -> Tensor:
