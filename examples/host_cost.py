@@ -21,6 +21,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from rrsq.kernels import use_kernels
 from rrsq.runtime.modules.input import InputQuantizer, InputScheme
 from rrsq.runtime.modules.linear import QuantizedLinear
+from rrsq.runtime.modules.rotation import OnlineHadamard
+from rrsq.runtime.rotation.hadamard import HadamardPlan
 
 CHANNELS = 4096
 launches = 0
@@ -36,13 +38,14 @@ def _do_not_launch(self: InterpretedFunction, grid: object) -> Callable[..., Non
 
 def quantized_linear() -> QuantizedLinear:
     """One of the default recipe, with random codes."""
-    scheme = InputScheme(CHANNELS, bits=4, clip=0.9333, group_size=16, scales="integer")
+    scheme = InputScheme(CHANNELS, bits=4, group_size=16, scales="integer", signed=True)
+    rotation = OnlineHadamard(HadamardPlan(CHANNELS, 16, 1))
     linear = QuantizedLinear(
         CHANNELS,
         CHANNELS,
         group_size=32,
         bias=False,
-        input_quantizer=InputQuantizer(scheme),
+        input_quantizer=InputQuantizer(scheme, rotation),
         dtype=torch.bfloat16,
     )
     linear._operand = torch.empty(0, dtype=torch.int8)  # What a CPU would unpack; unused by the kernels.
