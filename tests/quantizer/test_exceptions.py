@@ -22,7 +22,7 @@ from tiny_quantized import load_tiny, logits_of, quantize_tiny, random_tokens, r
 
 def folded(folder: Path) -> Any:
     """The rotated model before anything is quantized: a recipe whose pattern spares every linear."""
-    recipe = recipe_of("rrs-w4a4kv4", ["kv_cache=null", "modules_to_not_convert=['*']"])
+    recipe = recipe_of("rrs1-w4a4kv4", ["kv_cache=null", "modules_to_not_convert=['*']"])
     return quantize_tiny(folder, recipe).model
 
 
