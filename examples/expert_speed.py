@@ -24,7 +24,7 @@ from rrsq import kernels
 from rrsq.runtime.modules.experts import Experts, QuantizedExpertLinear
 from rrsq.runtime.modules.input import InputQuantizer, InputScheme
 from rrsq.runtime.modules.rotation import OnlineHadamard
-from rrsq.runtime.rotation.hadamard import plan_hadamard
+from rrsq.runtime.rotation.hadamard import HadamardPlan, plan_hadamard
 
 # Experts, hidden size, intermediate size, experts of a token.
 MIXTURES = {
@@ -32,11 +32,13 @@ MIXTURES = {
     "Qwen3-30B-A3B": (128, 2048, 768, 8),
     "tiny": (4, 128, 256, 2),
 }
-# What the inputs become, the channels of a weight's multiplier, and whether the second input is rotated.
-RECIPES: dict[str, tuple[dict[str, Any], int | None, bool]] = {
-    "rrs-w4a4kv4": ({"bits": 4, "clip": 0.9333, "group_size": 16, "scales": "integer"}, 32, True),
-    "rrs-paper-w4a4kv4": ({"bits": 4, "group_size": 128, "scope": "sequence"}, None, True),
-    "gptq-w4a16": ({}, 128, False),
+# What the inputs become, the channels of a weight's multiplier, and what is rotated online: blocks of so many
+# channels, all of the second input, or nothing.
+RECIPES: dict[str, tuple[dict[str, Any], int | None, int | str | None]] = {
+    "rrs-w4a4kv4": ({"bits": 4, "group_size": 16, "scales": "integer", "signed": True}, 32, 16),
+    "rrs1-w4a4kv4": ({"bits": 4, "clip": 0.9333, "group_size": 16, "scales": "integer"}, 32, "second"),
+    "rrs-paper-w4a4kv4": ({"bits": 4, "group_size": 128, "scope": "sequence"}, None, "second"),
+    "gptq-w4a16": ({}, 128, None),
 }
 BATCHED_TOKENS = 16
 COLD_BYTES = 256 * 2**20
@@ -49,8 +51,12 @@ def quantized(mixture: str, recipe: str, device: str) -> Experts:
     num_experts, hidden, inner, _ = MIXTURES[mixture]
     options, group_size, rotated = RECIPES[recipe]
     linears = []
-    for channels, out, rotate in ((hidden, 2 * inner, False), (inner, hidden, rotated)):
-        rotation = OnlineHadamard(plan_hadamard(inner)) if rotate else None
+    for channels, out, second in ((hidden, 2 * inner, False), (inner, hidden, True)):
+        rotation = None
+        if isinstance(rotated, int):
+            rotation = OnlineHadamard(HadamardPlan(channels, rotated, 1))
+        elif rotated is not None and second:
+            rotation = OnlineHadamard(plan_hadamard(channels))
         quantizer = InputQuantizer(InputScheme(channels, **options), rotation)
         linear = QuantizedExpertLinear(
             num_experts, channels, out, group_size=group_size, input_quantizer=quantizer

@@ -34,7 +34,7 @@ from rrsq.runtime.rotation.hadamard import HadamardPlan, plan_hadamard
 
 CHANNELS = 4096
 EXPERTS, TOP_K = 8, 2
-DEFAULT = InputScheme(CHANNELS, bits=4, clip=0.9333, group_size=16, scales="integer")
+FIRST = InputScheme(CHANNELS, bits=4, clip=0.9333, group_size=16, scales="integer")
 SIGNED = InputScheme(CHANNELS, bits=4, group_size=16, scales="integer", signed=True)
 PAPER = InputScheme(CHANNELS, bits=4, group_size=128, scope="sequence")
 W4A16 = InputScheme(CHANNELS)
@@ -46,7 +46,7 @@ class Case:
     """A linear and how many tokens it is given."""
 
     tokens: int
-    scheme: InputScheme = DEFAULT
+    scheme: InputScheme = FIRST
     rotation: HadamardPlan | None = None
     experts: bool = False
 

@@ -10,7 +10,16 @@ import yaml
 from rrsq.errors import RecipeError
 from rrsq.recipe import INPUTS, Recipe, load_recipe, parse_recipe, recipe_names
 
-NAMED = {"rtn-w4a4", "gptq-w4a16", "quarot-w4a4kv4", "rrs-paper-w4a4kv4", "rrs-w4a8kv4", "rrs-w4a4kv4"}
+NAMED = {
+    "rtn-w4a4",
+    "gptq-w4a16",
+    "quarot-w4a4kv4",
+    "rrs-paper-w4a4kv4",
+    "rrs1-w4a8kv4",
+    "rrs1-w4a4kv4",
+    "rrs-w4a8kv4",
+    "rrs-w4a4kv4",
+}
 
 
 def write(path: Path, data: object) -> str:
@@ -118,7 +127,11 @@ def test_a_key_like_no_other_lists_the_valid_ones() -> None:
         ("activations.smoothing.statistic=token_normalized_max", "needs statistic: max"),
         ("activations.smoothing.channel_order=calibrated", "needs channel_order: none"),
         ("activations.bits=8", "needs activations.bits: 4"),
-        ("activations.bits=16", "needs activations.bits of 4 or 8"),
+        ("activations.bits=16", "signed needs bits of 4 or 8"),
+        ("activations={bits: 16, smoothing: {}}", "needs activations.bits of 4 or 8"),
+        ("activations.signed=false", "smoothing or clipping with rotation.blocks needs activations.signed"),
+        ("activations={bits: 8, clip: 0.9}", "smoothing or clipping with rotation.blocks"),
+        ("rotation={}", "activations.signed needs rotation.blocks, or rotation: null"),
         ("activations.bits=5", "activations.bits"),
         ("activations.clip=0", "activations.clip"),
         ("weights.bits=16", "needs activations.bits: 16 and rotation: null"),

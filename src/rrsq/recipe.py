@@ -250,8 +250,11 @@ class Recipe(_Part):
             raise ValueError("weights.bits: 16 needs activations.bits: 16 and rotation: null")
         blocks = None if self.rotation is None else self.rotation.blocks
         for activations in (self.activations, *(o.activations for o in self.overrides if o.activations)):
-            if activations.bits != 16 and activations.signed != (blocks is not None):
-                raise ValueError("activations.signed and rotation.blocks need each other")
+            if activations.signed and blocks is None and self.rotation is not None:
+                raise ValueError("activations.signed needs rotation.blocks, or rotation: null")
+            scale_a_token = activations.smoothing is None and activations.clip == 1
+            if blocks is not None and not (activations.bits == 16 or activations.signed or scale_a_token):
+                raise ValueError("smoothing or clipping with rotation.blocks needs activations.signed")
         for override in self.overrides:
             weights, activations = override.weights or self.weights, override.activations or self.activations
             if weights.bits == 16 and activations.bits != 16:

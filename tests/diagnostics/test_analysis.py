@@ -26,7 +26,8 @@ LINEARS = {
     "down": ("mlp.down_proj",),
 }
 RECIPES = {
-    "default": ("rrs-w4a4kv4", ()),
+    "in blocks": ("rrs-w4a4kv4", ("rotation.balance=false",)),
+    "first generation": ("rrs1-w4a4kv4", ()),
     "as published": ("rrs-paper-w4a4kv4", ()),
     "sorted in each call": ("rrs-paper-w4a4kv4", ("activations.smoothing.channel_order=per_call",)),
     "no rotation": ("rtn-w4a4", ()),

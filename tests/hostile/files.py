@@ -27,7 +27,6 @@ ONE_OF_A_KIND = (
     "lm_head.weight",
     "model.layers.0.mlp.down_proj.weight_multiplier",
     "model.layers.1.self_attn.kv_quantizer.keys.offset",
-    "rotation_signs.residual_signs",
     "rotation_signs.head_signs",
 )
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import rrsq
 from rrsq.errors import RecipeError
+from rrsq.kernels.quantize_signed import rotate_blocks
 from rrsq.quantizer.pipeline import needs_calibration, quantize_model
 from rrsq.runtime.modules.int8_linear import Int8Linear
 from rrsq.runtime.modules.linear import QuantizedLinear
@@ -21,7 +22,7 @@ from tiny_quantized import load_tiny, logits_of, quantize_tiny, random_tokens, r
 
 def folded(folder: Path) -> Any:
     """The rotated model before anything is quantized: a recipe whose pattern spares every linear."""
-    recipe = recipe_of("rrs-w4a4kv4", ["kv_cache=null", "modules_to_not_convert=['*']"])
+    recipe = recipe_of("rrs1-w4a4kv4", ["kv_cache=null", "modules_to_not_convert=['*']"])
     return quantize_tiny(folder, recipe).model
 
 
@@ -79,7 +80,7 @@ def test_gptq_helps_a_4_bit_head(tiny_qwen2_dir: Path) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_head_round_trips(name: str, bits: int, tiny_llama_dir: Path, tmp_path: Path) -> None:
     """Untied, folded, behind soft-capping, and with the bias that a LayerNorm leaves."""
-    recipe = recipe_of("rrs-w4a4kv4", [f"head.bits={bits}"])
+    recipe = recipe_of("rrs1-w4a4kv4", [f"head.bits={bits}"])
     original = tiny_model(name)
     quantized = quantize_model(original, recipe, random_tokens(3, 24))
     assert (quantized.model.lm_head.bias is not None) == (name == "opt")
@@ -108,7 +109,7 @@ def test_all_modules_kept_is_the_model_itself(name: str, tiny_llama_dir: Path, t
 
 def test_kept_modules_stay_and_the_others_share_their_input(tiny_llama_dir: Path, tmp_path: Path) -> None:
     patterns = ["*.k_proj", "model.layers.1.mlp.*", "*.0.mlp.down_proj"]
-    recipe = recipe_of("rrs-w4a4kv4", [f"modules_to_not_convert={patterns}"])
+    recipe = recipe_of("rrs1-w4a4kv4", [f"modules_to_not_convert={patterns}"])
     quantized = quantize_tiny(tiny_llama_dir, recipe)
     reference = folded(tiny_llama_dir).state_dict()
     layers = quantized.model.model.layers
@@ -141,7 +142,7 @@ def test_overrides_change_what_they_match(tiny_llama_dir: Path, tmp_path: Path) 
         '{match: "*.2.self_attn.qkv", weights: {bits: 16}, activations: {bits: 16}},'
         '{match: "model.layers.1.mlp.down", activations: {bits: 4, clip: 0.5}}]'
     )
-    quantized = quantize_tiny(tiny_llama_dir, recipe_of("rrs-w4a4kv4", [overrides]))
+    quantized = quantize_tiny(tiny_llama_dir, recipe_of("rrs1-w4a4kv4", [overrides]))
     layers = quantized.model.model.layers
     assert [layer.mlp.down_input.scheme.bits for layer in layers] == [8, 4, 8]
     assert [layer.mlp.down_input.scheme.clip for layer in layers] == [1.0, 0.5, 1.0]
@@ -152,6 +153,16 @@ def test_overrides_change_what_they_match(tiny_llama_dir: Path, tmp_path: Path) 
     model: Any = rrsq.load(str(save_tiny(quantized, tiny_llama_dir, tmp_path / "out")), device="cpu")
     tokens = random_tokens(2, 12)
     assert torch.equal(logits_of(model, tokens), logits_of(quantized.model, tokens))
+
+
+def test_in_blocks_an_input_with_one_scale_a_token_needs_no_signed_levels(tiny_llama_dir: Path) -> None:
+    """They are rotated by the same kernel; only the recipe need not say so."""
+    overrides = ['overrides=[{match: "*.mlp.down", activations: {bits: 8}}]', "weights.method=rtn"]
+    layers = quantize_tiny(tiny_llama_dir, recipe_of("rrs-w4a4kv4", overrides)).model.model.layers
+    down = layers[0].mlp.down_input
+    assert (down.scheme.bits, down.scheme.group_size, down.scheme.signed) == (8, None, True)
+    x = torch.randn(2, down.scheme.channels)
+    assert float((down.simulate(x) - rotate_blocks(x, 16)).abs().max()) < 0.02 * float(x.abs().max())
 
 
 def test_8_bits_where_it_matters_cost_less_than_4_everywhere(tiny_qwen2_dir: Path) -> None:
@@ -188,9 +199,9 @@ def test_a_folded_r1_is_refused_where_other_modules_write_to_the_stream(tiny_lla
     model = load_tiny(tiny_llama_dir)
     model.model.vision_tower = torch.nn.Linear(4, 4)
     with pytest.raises(RecipeError, match=r"model\.vision_tower.*rotation\.residual=false"):
-        quantize_model(model, recipe_of("rrs-w4a4kv4", ["weights.method=rtn", "kv_cache=null"]), None)
+        quantize_model(model, recipe_of("rrs1-w4a4kv4", ["weights.method=rtn", "kv_cache=null"]), None)
     settings = ["weights.method=rtn", "kv_cache=null", "rotation.residual=false"]
-    quantized: Any = quantize_model(model, recipe_of("rrs-w4a4kv4", settings), None).model
+    quantized: Any = quantize_model(model, recipe_of("rrs1-w4a4kv4", settings), None).model
     assert type(quantized.model.vision_tower) is torch.nn.Linear
 
 

@@ -269,7 +269,7 @@ def test_key_offsets_are_the_mean_keys_before_rope(tiny_qwen2_dir: Path) -> None
 def test_a_layer_is_calibrated_on_quantized_outputs(tiny_llama_dir: Path) -> None:
     """Layer 1's offset of the keys must come from layer 0 as quantized, not from the original."""
     windows = random_tokens(3, 64, seed=1)
-    recipe = recipe_of("rrs-w4a4kv4", ["rotation=null", "activations.clip=0.5"])
+    recipe = recipe_of("rrs1-w4a4kv4", ["rotation=null", "activations.clip=0.5"])
     exact = {"windows": windows, "stream_dtype": torch.float32}
     model = quantize_tiny(tiny_llama_dir, recipe, **exact).model
     offset = model.model.layers[1].self_attn.kv_quantizer.keys.offset.flatten()

@@ -32,8 +32,10 @@ def experts_of(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
 
 
-def quantize(name: str, overrides: tuple[str, ...] = (), **options: Any) -> Any:
-    recipe = recipe_of("rrs-w4a4kv4", overrides)
+def quantize(
+    name: str, overrides: tuple[str, ...] = (), recipe_name: str = "rrs-w4a4kv4", **options: Any
+) -> Any:
+    recipe = recipe_of(recipe_name, overrides)
     return quantize_model(tiny_model(name), recipe, WINDOWS, **options)
 
 
@@ -155,7 +157,7 @@ def test_experts_that_saw_nothing_are_named_and_still_good() -> None:
 
 def test_the_card_names_such_experts_and_all_rotations() -> None:
     with pytest.warns(UserWarning, match="few tokens"):
-        quantized = quantize_model(starved((1, 4)), recipe_of("rrs-w4a4kv4"), WINDOWS)
+        quantized = quantize_model(starved((1, 4)), recipe_of("rrs1-w4a4kv4"), WINDOWS)
     info = checkpoint_info(quantized, seed=0, source_model="tiny", calibration=None)
     card = model_card(info, quantized.report)
     assert "others' were used as well: layer 0: 1, 4." in card
@@ -188,7 +190,7 @@ def test_an_expert_whose_hessian_fails_is_rounded_and_named(monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_routers_and_gates_stay_in_full_precision_in_the_rotated_basis(name: str) -> None:
-    model = quantize(name).model
+    model = quantize(name, recipe_name="rrs1-w4a4kv4").model
     original = tiny_model(name)
     rotation = model.rotation_signs.residual_signs
     assert rotation is not None
@@ -246,7 +248,8 @@ def test_a_part_of_the_experts_can_stay_in_full_precision() -> None:
         assert isinstance(experts.gate_up_proj, QuantizedExpertLinear)
         assert isinstance(experts.down_proj, RotatedLinear)
     for experts in experts_of(whole.model).values():
-        assert isinstance(experts.gate_up_proj, ExpertLinear)
+        assert isinstance(experts.gate_up_proj, RotatedLinear)
+        assert isinstance(experts.gate_up_proj.linear, ExpertLinear)
 
 
 def test_without_rotation_and_in_16_bits_experts_are_left_to_transformers() -> None:

@@ -26,7 +26,7 @@ def info_of(config: Any, recipe: Recipe) -> CheckpointInfo:
     return CheckpointInfo(recipe=recipe, rotation=RotationInfo.model_validate(rotations.describe()))
 
 
-def check(overrides: list[str], ranks: int = 1, config: Any = None, recipe: str = "rrs-w4a4kv4") -> None:
+def check(overrides: list[str], ranks: int = 1, config: Any = None, recipe: str = "rrs1-w4a4kv4") -> None:
     config = llama() if config is None else config
     check_servable(config, info_of(config, recipe_of(recipe, overrides)), ranks)
 
@@ -100,6 +100,14 @@ def test_experts_in_part() -> None:
     with pytest.raises(UsageError, match=r"experts of 'model\.layers\.0'.*all of them or none"):
         check([kept], config=SERVABLE["mixtral"]())
     check(["modules_to_not_convert=['*.experts.*']"], config=SERVABLE["mixtral"]())
+
+
+def test_blocks_that_no_process_boundary_cuts() -> None:
+    check([], ranks=2, recipe="rrs-w4a4kv4")
+    with pytest.raises(
+        UsageError, match=r"mixes 8 channels, of which 2 .* 20 each.*smaller rotation\.blocks"
+    ):
+        check([], ranks=2, config=SERVABLE["qwen2_moe"](), recipe="rrs-w4a4kv4")
 
 
 def test_it_needs_neither_vllm_nor_the_quantizer() -> None:

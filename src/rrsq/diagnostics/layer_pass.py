@@ -33,8 +33,10 @@ from ..quantizer.calibration.stored import head_file, layer_file, write_tensors
 from ..quantizer.calibration.stream import HiddenStates, collect_cache_means, collect_inputs
 from ..quantizer.calibration.triangle import pack_symmetric
 from ..quantizer.checks import check_finite
+from ..quantizer.fold.balance import balance_factors, balanced_norms, read_energy
 from ..quantizer.fold.rotations import fold_layer
 from ..runtime.assemble import key_rotary
+from ..runtime.modules.rotation import online_rotation
 from ..runtime.rotation.rotations import make_rotations
 from ..runtime.scheme import check_patterns, treatment
 from .analysis import InputAnalysis, analyse_input
@@ -125,6 +127,7 @@ class _Run:
     def _measure(self, index: int, layer: nn.Module, name: str) -> None:
         inputs = self.family.inputs_in(layer)
         affine = {entry: affine_of_input(layer, entry, self.family) for entry in inputs}
+        read = self._read_energies(layer)
         folded = copy.deepcopy(layer)
         if self.manifest.recipe.rotation is not None:
             fold_layer(folded, self.family, self.rotations, self.sizes)
@@ -157,11 +160,33 @@ class _Run:
             how = treatment(self.manifest.recipe, self.family.layer_name(index), entry)
             with torch.inference_mode():
                 weight = _stacked_weight(folded, entry, how.linears or entry.linears)
+                if self.rotations.blocks is not None:
+                    weight = self._in_blocks(gathered, weight, entry, read.get(entry.norm or ""))
                 analysis = analyse_input(gathered, weight, entry, how)
             tensors.update(_tensors(entry.name, gathered, analysis, self.manifest.tokens))
             numbers[entry.name] = _numbers(analysis)
             self._step(f"{name}: outliers and errors")
         write_tensors(layer_file(self.folder, index), tensors, numbers)
+
+    def _read_energies(self, layer: nn.Module) -> dict[str, Tensor]:
+        """What the linears behind each norm read of its channels, where the recipe balances them."""
+        rotation = self.manifest.recipe.rotation
+        if rotation is None or not rotation.balance:
+            return {}
+        norms = balanced_norms(layer, self.family)
+        return {norm: read_energy(layer, entries) for norm, entries in norms.items()}
+
+    def _in_blocks(
+        self, observed: ObservedInput, weight: Tensor, entry: LinearInput, read: Tensor | None
+    ) -> Tensor:
+        """A weight behind balance and rotation in blocks; the basis of ``observed`` is balanced too."""
+        if read is not None:
+            mean, square = (x / self.manifest.tokens for x in (observed.sums, observed.squares))
+            factors = balance_factors(read, observed.basis.energy(mean, square)).to(weight.device)
+            observed.basis = observed.basis.balanced(factors)
+            weight = weight / factors
+        rotation = online_rotation(entry, self.rotations, weight.shape[1])
+        return weight if rotation is None else rotation(weight)
 
     def _measure_head(self) -> None:
         """The Hessian of the output head's input, of the text behind all layers."""

@@ -2,33 +2,38 @@
 
 Each block of channels is rotated by an orthonormal Hadamard matrix, in registers. Then each group has an
 integer multiplier with a sign: the level without a counterpart, -8, goes to the side of the group's largest
-magnitude. Among a few multipliers the one of least squared error is taken; the token's largest magnitude is
-never clipped by the largest of them.
+magnitude. Among three multipliers the one of least squared error is taken; the token's largest magnitude is
+never clipped by the middle one.
 
-All of it is defined to the bit, so that every implementation gives the same codes. A block is taken to
-float16 relative to its largest magnitude, by a power of two, before it is rotated: the sums are then exact in
-any order (:mod:`.rotation`). Squared errors are summed as integers.
+All of it is defined to the bit, so that every implementation gives the same codes. The rotation is a sequence
+of sums and differences in float32, the same everywhere. What follows is computed in float16: groups are
+first divided by the token's scale, and hardware does two such numbers at a time.
 """
 
-# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False, disable-error-code="assignment,misc"
+# ruff: noqa: RUF005 - Triton knows no starred elements of tuples.
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ._triton import ceil_div, next_power_of_two, tl, triton
-from .codes import code_max, code_scale, largest_magnitude, round_to_code, scale_of
+from ._triton import COMPILED, ceil_div, next_power_of_two, tl, triton
+from .codes import code_max, code_scale, scale_of
 from .operation import Constraints, operation
-from .rotation import half_range, sylvester, to_half_range
 
 __all__ = ["SIGNED_MAX", "quantize_signed", "rotate_blocks"]
 
 SIGNED_MAX = 15
 """Largest multiplier of a group: its largest code, -8, times it fits into int8."""
-_CANDIDATES = 4
-_FRACTION = 256.0
-"""Errors are counted in this part of the scale ``a``."""
+_LOWEST, _HIGHEST = 8.49, 7.49
+"""Magnitudes, in steps, that are still rounded to -8 and to 7."""
+_STEPS = (0, -1, 1)
+"""The multipliers that are tried, relative to the least one that clips nothing."""
+_PIECE = 2**17
+"""Elements that the reference takes at a time."""
 
 
 def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -44,18 +49,23 @@ def rotate_blocks(x: Tensor, block: int) -> Tensor:
     """``x @ R``, ``R`` block-diagonal with the orthonormal Sylvester matrix of order ``block``.
 
     Args:
-        x: floating point ``[tokens, channels]``; ``block``, a power of two up to 256, divides ``channels``.
+        x: floating point ``[tokens, channels]``; ``block``, a power of two, divides ``channels``.
         block: channels that are mixed.
 
     Returns:
         float32 ``[tokens, channels]``, to the bit what every implementation computes.
     """
-    if block == 1:
-        return x.float()
-    blocks = x.float().unflatten(1, (-1, block))
-    down, up = half_range(blocks.abs().amax(2, keepdim=True))
-    y = torch.matmul((blocks * down).half().float(), sylvester(block, torch.float32, x.device))
-    return (y * (up * (1.0 / math.sqrt(block)))).flatten(1)
+    return _butterflies(x, block) * (1.0 / math.sqrt(block))
+
+
+def _butterflies(x: Tensor, block: int) -> Tensor:
+    """:func:`rotate_blocks` without the factor: sums and differences at distances 1, 2, 4, ..."""
+    y, distance = x.float(), 1
+    while distance < block:
+        first, second = y.unflatten(1, (-1, 2, distance)).unbind(2)
+        y = torch.stack((first + second, first - second), 2).flatten(1)
+        distance *= 2
+    return y
 
 
 @operation(
@@ -67,11 +77,12 @@ def rotate_blocks(x: Tensor, block: int) -> Tensor:
 def quantize_signed(x: Tensor, bits: int, group_size: int | None, block: int) -> tuple[Tensor, Tensor]:
     """Rotate blocks of channels and quantize each token.
 
-    With ``y`` the rotated token, ``A`` its largest magnitude and ``M_g`` a group's: ``a = A / 105``;
-    ``s = -1`` where the group's largest magnitude is positive, else 1; ``m_0 = ceil(M_g / (7 a))``, in 1..15.
-    Of ``m_0``, ``m_0 - 1``, ``m_0 - 2`` and ``m_0 - 3``, those from 1 on, ``m`` is the one of least squared
-    error, the largest among equals, with ``code = round(s y / (a m))`` in -8..7. The operand is ``s m code``,
-    in ±120. Without groups: ``a = A / c``, ``code = round(y / a)`` in ±c, ``c = code_max(bits)``.
+    With ``y`` the rotated token and ``A`` its largest magnitude: ``a = A / 105`` and ``r = y / a``, in
+    float16. In a group, ``s = -1`` where the largest magnitude is positive, else 1; ``m_1`` in 1..15 is the
+    least multiplier with which ``s r / m`` lies in -8.49..7.49. Of ``m_1``, ``m_1 - 1`` and ``m_1 + 1``,
+    those in 1..15, ``m`` is the one of least squared error, the first among equals, with ``code =
+    round(s r / m)`` in -8..7. The operand is ``s m code``, in ±120. Without groups: ``a = A / c``, ``code =
+    round(y / a)`` in ±c, ``c = code_max(bits)``.
 
     Args:
         x: floating point ``[tokens, channels]``.
@@ -84,159 +95,499 @@ def quantize_signed(x: Tensor, bits: int, group_size: int | None, block: int) ->
         ``y ≈ operand * scale``. The scale of a token that holds NaN or an infinite value is NaN, and its
         operand anything.
     """
-    y = rotate_blocks(x, block)
+    operand = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    # A few tokens at a time: it takes some ten copies of them.
+    rows = max(_PIECE // x.shape[1], 1)
+    for part, to, scales in zip(x.split(rows), operand.split(rows), scale.split(rows), strict=True):
+        codes, a = _quantized(part, bits, group_size, block)
+        to.copy_(codes)
+        scales.copy_(a)
+    return operand, scale
+
+
+def _quantized(x: Tensor, bits: int, group_size: int | None, block: int) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_signed`, the former float32."""
+    y = _butterflies(x, block)
+    norm = 1.0 / math.sqrt(block)
+    largest = y.abs().amax(1) * norm
     if group_size is None:
         c = code_max(bits)
-        scale = code_scale(_largest(x, y), 1.0 / c)
-        return (y * (1.0 / scale).unsqueeze(1)).round_().clamp_(-c, c).to(torch.int8), scale
-    scale = code_scale(_largest(x, y), 1.0 / (7 * SIGNED_MAX))
-    r = (y * (1.0 / scale).unsqueeze(1)).unflatten(1, (-1, group_size))
+        scale = code_scale(largest, 1.0 / c)
+        return (y * (norm * (1.0 / scale)).unsqueeze(1)).round_().clamp_(-c, c), scale
+    scale = code_scale(largest, 1.0 / (7 * SIGNED_MAX))
+    r = (y * (norm * (1.0 / scale)).unsqueeze(1)).half().float().unflatten(1, (-1, group_size))
     top, bottom = r.amax(2, keepdim=True), -r.amin(2, keepdim=True)
     sign = torch.where(top >= bottom, -1.0, 1.0)
-    r = r * sign
-    first = (torch.maximum(top, bottom) * (1.0 / 7)).ceil().clamp(1, SIGNED_MAX)
-    best, least = torch.zeros_like(r), torch.full_like(top, torch.inf)
-    for step in range(_CANDIDATES):
-        m = (first - step).clamp_min(1)
-        value = (r * (1.0 / m)).round().clamp(-8, 7) * m
-        error = ((r - value) * _FRACTION).round().square().sum(2, keepdim=True, dtype=torch.float64)
-        better = error < least
-        best, least = torch.where(better, value, best), torch.where(better, error.float(), least)
-    return (best * sign).flatten(1).to(torch.int8), scale
+    bound = torch.maximum(
+        torch.maximum(top, bottom) * (1.0 / _LOWEST), torch.minimum(top, bottom) * (1.0 / _HIGHEST)
+    )
+    middle = bound.ceil().clamp(1, SIGNED_MAX)
+    best, least = torch.zeros_like(r), torch.full_like(top, torch.inf, dtype=torch.float16)
+    for step in _STEPS:
+        m = (middle + step).clamp(1, SIGNED_MAX) * sign
+        operand = (r * (1.0 / m).half().float()).round().clamp(-8, 7) * m
+        error = _sum_of_squares((r - operand).half())
+        best = torch.where(error < least, operand, best)
+        least = torch.minimum(error, least)
+    return best.flatten(1), scale
 
 
-def _largest(x: Tensor, y: Tensor) -> Tensor:
-    """Each rotated token's largest magnitude; NaN where the token holds NaN or an infinite value."""
-    largest = y.abs().amax(1)
-    return torch.where(x.abs().amax(1).float() < torch.inf, largest, torch.nan)
+def _sum_of_squares(error: Tensor) -> Tensor:
+    """Over the last dimension, in order, every square and sum rounded to float16; the dimension stays."""
+    first, *others = (error * error).split(1, -1)
+    for square in others:
+        first = first + square
+    return first
 
 
+_LEAST_LEVEL = tl.constexpr(1.0 / 8.49)
+_GREATEST_LEVEL = tl.constexpr(1.0 / 7.49)
 _TOP = tl.constexpr(15.0)
-_PART = tl.constexpr(256.0)
-_COUNT = tl.constexpr(4)
 _ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _round(value):
-    """Round to nearest, ties to even, |value| < 2^22."""
-    return (value + _ROUNDER) - _ROUNDER
+def _to_halves(value, PTX: tl.constexpr):
+    """float32 to float16, two at a time."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [value], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        return value.to(tl.float16)
 
 
 @triton.jit
-def _signed_codes(y, inverse):
-    """``s m code`` of groups ``[groups, group size]``, float32; ``inverse`` is 1 / a."""
-    r = y * inverse
-    top = tl.max(r, 1)
-    bottom = -tl.min(r, 1)
+def _rounded(r, inverse, LIMIT: tl.constexpr, PTX: tl.constexpr):
+    """``r * inverse`` to the nearest integer, ties to even, all float16; with ``LIMIT`` in -8..7.
+
+    In one multiplication and addition: next to 1536 float16 has no fractions.
+    """
+    if PTX:
+        if LIMIT:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 t, a, b, c; mov.b32 a, 0x66006600; mov.b32 b, 0x65F865F8; mov.b32 c, 0x66076607;"
+                " fma.rn.f16x2 t, $1, $2, a; max.f16x2 t, t, b; min.f16x2 t, t, c; sub.rn.f16x2 $0, t, a; }",
+                "=r,r,r",
+                [r, inverse],
+                dtype=tl.float16,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 t, a; mov.b32 a, 0x66006600;"
+                " fma.rn.f16x2 t, $1, $2, a; sub.rn.f16x2 $0, t, a; }",
+                "=r,r,r",
+                [r, inverse],
+                dtype=tl.float16,
+                is_pure=True,
+                pack=2,
+            )
+    else:
+        code = r.to(tl.float32) * inverse.to(tl.float32)
+        code = (code + _ROUNDER) - _ROUNDER
+        return tl.minimum(tl.maximum(code, -8.0), 7.0).to(tl.float16)
+
+
+@triton.jit
+def _squared_error(r, code, minus, PTX: tl.constexpr):
+    """``(r + code * minus)^2``, float16; the sum is exact."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; fma.rn.f16x2 t, $2, $3, $1; mul.rn.f16x2 $0, t, t; }",
+            "=r,r,r,r",
+            [r, code, minus],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        error = (r.to(tl.float32) + code.to(tl.float32) * minus.to(tl.float32)).to(tl.float16)
+        return error * error
+
+
+@triton.jit
+def _added(a, b, PTX: tl.constexpr):
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        return a + b
+
+
+@triton.jit
+def _greater(a, b, PTX: tl.constexpr):
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        return tl.maximum(a, b)
+
+
+@triton.jit
+def _less(a, b, PTX: tl.constexpr):
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "min.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        return tl.minimum(a, b)
+
+
+@triton.jit
+def _bytes_of_products(a, b, c, d, m, PTX: tl.constexpr):
+    """``a * m`` to ``d * m`` as the four bytes of int32; whole float16 numbers."""
+    if PTX:
+        # Next to 1536 the last byte of a float16 is an int8. $0, $1: the words of two groups.
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, c, d, e; mov.b32 e, 0x66006600;"
+            " fma.rn.f16x2 a, $2, $6, e; fma.rn.f16x2 b, $3, $6, e;"
+            " fma.rn.f16x2 c, $4, $6, e; fma.rn.f16x2 d, $5, $6, e;"
+            " prmt.b32 a, a, b, 0x6240; prmt.b32 c, c, d, 0x6240;"
+            " prmt.b32 $0, a, c, 0x5410; prmt.b32 $1, a, c, 0x7632; }",
+            "=&r,=&r,r,r,r,r,r",
+            [a, b, c, d, m],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return _bytes(
+            (a * m).to(tl.int32), (b * m).to(tl.int32), (c * m).to(tl.int32), (d * m).to(tl.int32), PTX
+        )
+
+
+@triton.jit
+def _bytes(a, b, c, d, PTX: tl.constexpr):
+    """The last bytes of four int32 as one."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b; prmt.b32 a, $1, $2, 0x0040; prmt.b32 b, $3, $4, 0x0040;"
+            " prmt.b32 $0, a, b, 0x5410; }",
+            "=r,r,r,r,r",
+            [a, b, c, d],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return (a & 255) | ((b & 255) << 8) | ((c & 255) << 16) | (d << 24)
+
+
+@triton.jit
+def _load_units(pointer, unit, units, PIECE: tl.constexpr, UNIT: tl.constexpr):
+    """``UNIT`` neighbouring channels of each of ``unit``, int32 ``[n]``, as a tuple of float32 ``[n]``.
+
+    A thread reads 16 bytes at a time and has all channels of its units.
+    """
+    channels = ()
+    for piece in tl.static_range(UNIT // PIECE):
+        if pointer.dtype.element_ty == tl.bfloat16:
+            offset = (unit[:, None] * UNIT + piece * PIECE) // 2 + tl.arange(0, PIECE // 2)[None, :]
+            words = pointer.to(tl.pointer_type(tl.int32), bitcast=True)
+            x = tl.load(words + offset, mask=(unit < units)[:, None], other=0)
+            channels = channels + _halves_of_words(_columns(x, unit.shape[0], PIECE // 2), PIECE // 2)
+        else:
+            offset = unit[:, None] * UNIT + piece * PIECE + tl.arange(0, PIECE)[None, :]
+            x = tl.load(pointer + offset, mask=(unit < units)[:, None], other=0.0).to(tl.float32)
+            channels = channels + _columns(x, unit.shape[0], PIECE)
+    return channels
+
+
+@triton.jit
+def _halves_of_words(words, COUNT: tl.constexpr):
+    """Two bfloat16 a word as float32."""
+    values = ()
+    for i in tl.static_range(COUNT):
+        low, high = words[i] << 16, words[i] & -65536
+        values = values + (low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True))
+    return values
+
+
+@triton.jit
+def _columns(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The columns of ``x`` ``[ROWS, COLUMNS]``, each ``[ROWS]``."""
+    if COLUMNS == 1:
+        return (x.reshape(ROWS),)
+    else:
+        left, right = tl.split(x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
+        return _columns(left, ROWS, COLUMNS // 2) + _columns(right, ROWS, COLUMNS // 2)
+
+
+@triton.jit
+def _rotated(x, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """:func:`_butterflies` of a tuple of channels."""
+    for level in tl.static_range(8):
+        if (1 << level) < BLOCK:
+            y = ()
+            for i in tl.static_range(UNIT):
+                if i & (1 << level):
+                    y = y + (x[i - (1 << level)] - x[i],)
+                else:
+                    y = y + (x[i] + x[i + (1 << level)],)
+            x = y
+    return x
+
+
+@triton.jit
+def _largest_bits(y, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest magnitude of a tuple of channels, as the integer of its bits; NaN's where there is one.
+
+    Maxima of floats pass over NaN, but the first channel of a block is the sum of all.
+    """
+    largest = tl.abs(y[0])
+    for i in tl.static_range(1, UNIT):
+        largest = tl.maximum(largest, tl.abs(y[i]))
+    bits = largest.to(tl.int32, bitcast=True)
+    for i in tl.static_range(0, UNIT, BLOCK):
+        bits = tl.maximum(bits, tl.abs(y[i]).to(tl.int32, bitcast=True))
+    return bits
+
+
+@triton.jit
+def _signed_words(y, factor, GROUP: tl.constexpr, PTX: tl.constexpr):
+    """The operands of a group, four a word; ``y`` ``GROUP`` channels float32 ``[n]``, ``factor`` to 1 / a."""
+    r = ()
+    for i in tl.static_range(GROUP):
+        r = r + (_to_halves(y[i] * factor, PTX),)
+    greatest, least = r[0], r[0]
+    for i in tl.static_range(1, GROUP):
+        greatest = _greater(greatest, r[i], PTX)
+        least = _less(least, r[i], PTX)
+    top = greatest.to(tl.float32)
+    bottom = -least.to(tl.float32)
     sign = tl.where(top >= bottom, -1.0, 1.0)
-    r = r * sign[:, None]
-    first = tl.ceil(tl.maximum(top, bottom) * 0.14285714285714285)
-    first = tl.minimum(tl.maximum(first, 1.0), _TOP)
-    best = tl.zeros(r.shape, tl.float32)
-    least = tl.full(first.shape, 0x7FFFFFFF, tl.int32)
-    for step in tl.static_range(_COUNT):
-        m = tl.maximum(first - step, 1.0)
-        scaled = r * tl.div_rn(tl.full(m.shape, 1.0, tl.float32), m)[:, None]
-        value = tl.minimum(tl.maximum(_round(scaled), -8.0), 7.0) * m[:, None]
-        part = _round((r - value) * _PART).to(tl.int32)
-        error = tl.sum(part * part, 1)
-        better = error < least
-        best = tl.where(better[:, None], value, best)
-        least = tl.where(better, error, least)
-    return best * sign[:, None]
+    bound = tl.maximum(tl.maximum(top, bottom) * _LEAST_LEVEL, tl.minimum(top, bottom) * _GREATEST_LEVEL)
+    middle = tl.minimum(tl.maximum(tl.ceil(bound), 1.0), _TOP)
+    lower, upper = tl.maximum(middle - 1.0, 1.0), tl.minimum(middle + 1.0, _TOP)
+    best, least = middle, _error(r, middle * sign, GROUP, False, PTX)
+    error = _error(r, lower * sign, GROUP, True, PTX)
+    best, least = tl.where(error < least, lower, best), tl.minimum(error, least)
+    error = _error(r, upper * sign, GROUP, False, PTX)
+    best = tl.where(error < least, upper, best)
+    m, inverse = _reciprocal(best * sign, PTX)
+    words = ()
+    for i in tl.static_range(0, GROUP, 4):
+        words = words + (
+            _bytes_of_products(
+                _rounded(r[i], inverse, True, PTX),
+                _rounded(r[i + 1], inverse, True, PTX),
+                _rounded(r[i + 2], inverse, True, PTX),
+                _rounded(r[i + 3], inverse, True, PTX),
+                m,
+                PTX,
+            ),
+        )
+    return words
+
+
+@triton.jit
+def _reciprocal(m, PTX: tl.constexpr):
+    """``m`` and ``1 / m``, float16, of float32 whole numbers.
+
+    Where the reciprocal is off by a unit in the last place of float32, float16 is the same: no 1 / m is so
+    near to a tie.
+    """
+    if PTX:
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [m], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        inverse = 1.0 / m
+    return _to_halves(m, PTX), _to_halves(inverse, PTX)
+
+
+@triton.jit
+def _error(r, multiplier, GROUP: tl.constexpr, LIMIT: tl.constexpr, PTX: tl.constexpr):
+    """The squared error of a group with a signed multiplier, float32."""
+    m, inverse = _reciprocal(multiplier, PTX)
+    minus = -m
+    error = _squared_error(r[0], _rounded(r[0], inverse, LIMIT, PTX), minus, PTX)
+    for i in tl.static_range(1, GROUP):
+        square = _squared_error(r[i], _rounded(r[i], inverse, LIMIT, PTX), minus, PTX)
+        error = _added(error, square, PTX)
+    return error.to(tl.float32)
+
+
+@triton.jit
+def _code_words(y, factor, UNIT: tl.constexpr, PTX: tl.constexpr):
+    """``round(y * factor)``, four a word."""
+    words = ()
+    for i in tl.static_range(0, UNIT, 4):
+        words = words + (
+            _bytes(
+                (y[i] * factor + _ROUNDER).to(tl.int32, bitcast=True),
+                (y[i + 1] * factor + _ROUNDER).to(tl.int32, bitcast=True),
+                (y[i + 2] * factor + _ROUNDER).to(tl.int32, bitcast=True),
+                (y[i + 3] * factor + _ROUNDER).to(tl.int32, bitcast=True),
+                PTX,
+            ),
+        )
+    return words
+
+
+@triton.jit
+def _part(values, START: tl.constexpr, COUNT: tl.constexpr):
+    part = ()
+    for i in tl.static_range(COUNT):
+        part = part + (values[START + i],)
+    return part
+
+
+@triton.jit
+def _store_words(pointer, unit, units, words, WORDS: tl.constexpr):
+    """``WORDS`` neighbouring int32 of each of ``unit``, four at a time where there are as many."""
+    if WORDS == 1:
+        tl.store(pointer + unit, words[0], mask=unit < units)
+    elif WORDS == 2:
+        offset = unit[:, None] * 2 + tl.arange(0, 2)[None, :]
+        tl.store(pointer + offset, tl.join(words[0], words[1]), mask=(unit < units)[:, None])
+    else:
+        for i in tl.static_range(0, WORDS, 4):
+            even, odd = tl.join(words[i], words[i + 2]), tl.join(words[i + 1], words[i + 3])
+            four = tl.join(even, odd).reshape(unit.shape[0], 4)
+            offset = unit[:, None] * WORDS + i + tl.arange(0, 4)[None, :]
+            tl.store(pointer + offset, four, mask=(unit < units)[:, None])
 
 
 @triton.jit
 def _quantize_kernel(
     x_pointer,
-    fast_pointer,
     operand_pointer,
     scale_pointer,
     channels,
     scale_factor,
     normalization,
-    CODE_MAX: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """One token, seen as ``[BLOCKS, BLOCK]`` with zeros past the last; ``GROUP`` 0: no multipliers.
+    """One token, in ``PARTS`` times ``UNITS`` units of ``UNIT`` channels, all in registers.
 
-    ``fast_pointer`` float16 ``[BLOCK, BLOCK]``: Sylvester's matrix. ``scale_factor``: what the token's
-    largest magnitude is multiplied by. ``normalization``: 1 / sqrt(BLOCK).
+    A thread has whole units, so that neither rotations nor groups leave it. ``GROUP`` 0: no multipliers.
+    ``operand_pointer``: int32, four operands a word. ``scale_factor``: what the token's largest magnitude is
+    multiplied by. ``normalization``: 1 / sqrt(BLOCK). ``PIECE``: channels of 16 bytes.
     """
     token = tl.program_id(0)
     start = token.to(tl.int64) * channels
-    row = tl.arange(0, BLOCKS)
-    column = tl.arange(0, BLOCK)
-    offset = row[:, None] * BLOCK + column[None, :]
-    inside = offset < channels
-    x = tl.load(x_pointer + start + offset, mask=inside, other=0.0).to(tl.float32)
-    largest_x = tl.max(largest_magnitude(x, 1).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
-    fast = tl.load(fast_pointer + column[:, None] * BLOCK + column[None, :])
-    down, up = to_half_range(tl.max(tl.abs(x), 1))
-    y = tl.dot((x * down[:, None]).to(tl.float16), fast)
-    y = y * (up * normalization)[:, None]
-    largest = tl.max(tl.max(tl.abs(y), 1), 0)
-    scale = scale_of(tl.where(largest_x < float("inf"), largest, float("nan")), scale_factor)
+    units = channels // UNIT
+    unit = tl.arange(0, UNITS)
+    largest = tl.zeros([UNITS], tl.int32)
+    parts = ()
+    for part in tl.static_range(PARTS):
+        x = _load_units(x_pointer + start, unit + part * UNITS, units, PIECE, UNIT)
+        y = _rotated(x, UNIT, BLOCK)
+        largest = tl.maximum(largest, _largest_bits(y, UNIT, BLOCK))
+        parts = parts + (y,)
+    largest_y = tl.max(largest, 0).to(tl.float32, bitcast=True)
+    scale = scale_of(largest_y * normalization, scale_factor)
     tl.store(scale_pointer + token, scale)
-    inverse = tl.div_rn(1.0, scale)
-    if GROUP > 0:
-        grouped = y.reshape(BLOCKS * BLOCK // GROUP, GROUP)
-        operand = _signed_codes(grouped, inverse).reshape(BLOCKS, BLOCK).to(tl.int32)
-    else:
-        operand = round_to_code(y * inverse, CODE_MAX)
-    tl.store(operand_pointer + start + offset, operand.to(tl.int8), mask=inside)
+    factor = normalization * tl.div_rn(1.0, scale)
+    for part in tl.static_range(PARTS):
+        y = parts[part]
+        words = ()
+        if GROUP > 0:
+            for group in tl.static_range(0, UNIT, GROUP):
+                words = words + _signed_words(_part(y, group, GROUP), factor, GROUP, PTX)
+        else:
+            words = _code_words(y, factor, UNIT, PTX)
+        _store_words(operand_pointer + start // 4, unit + part * UNITS, units, words, UNIT // 4)
+
+
+_FEW_TOKENS = 64
+_THREADS = 128
+_LARGEST_WARPS = 16
+_REGISTERS = 128
+"""Of a thread, for its rotated channels."""
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How a token is cut among threads; see :func:`_quantize_kernel`."""
+
+    units: int
+    parts: int
+    warps: int
+
+
+def _cut(tokens: int, channels: int, unit: int) -> _Cut:
+    """Two units a thread and part, which float16 arithmetic takes at a time; few tokens get more threads."""
+    units = next_power_of_two(ceil_div(channels, unit))
+    threads = units if tokens <= _FEW_TOKENS else min(units // 2, _THREADS)
+    warps = min(max(threads // 32, 1), _LARGEST_WARPS)
+    while warps < _LARGEST_WARPS and units * unit > 32 * warps * _REGISTERS:
+        warps *= 2
+    at_a_time = max(min(units, 2 * 32 * warps), 32 * warps)
+    return _Cut(at_a_time, ceil_div(channels, unit * at_a_time), warps)
+
+
+def _unit(channels: int, group_size: int | None, block: int) -> int:
+    """Neighbouring channels of one thread: whole groups and blocks, and 16 bytes of operands if possible."""
+    unit = max(block, group_size or 0, 4)
+    while unit < 16 and channels % (2 * unit) == 0:
+        unit *= 2
+    return unit
+
+
+def _prepare(
+    x: Tensor, bits: int, group_size: int | None, block: int, cut: _Cut | None = None
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """See :meth:`~rrsq.kernels.operation.Operation.prepare`; with ``cut`` it decides."""
+    (tokens, channels), device = x.shape, x.device
+    unit = _unit(channels, group_size, block)
+    cut = cut or _cut(tokens, channels, unit)
+    units, parts, warps = cut.units, cut.parts, cut.warps
+    kernel = _quantize_kernel[(tokens,)]
+    scale_factor = 1.0 / (code_max(bits) if group_size is None else 7 * SIGNED_MAX)
+    normalization, group, piece = 1.0 / math.sqrt(block), group_size or 0, min(16 // x.element_size(), unit)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.contiguous()
+        words = torch.empty((tokens, channels // 4), dtype=torch.int32, device=device)
+        scale = torch.empty(tokens, dtype=torch.float32, device=device)
+        if tokens:
+            kernel(
+                x,
+                words,
+                scale,
+                channels,
+                scale_factor,
+                normalization,
+                GROUP=group,
+                BLOCK=block,
+                UNIT=unit,
+                UNITS=units,
+                PARTS=parts,
+                PIECE=piece,
+                PTX=COMPILED,
+                enable_fp_fusion=False,
+                num_warps=warps,
+            )
+        return words.view(torch.int8), scale
+
+    return run
 
 
 @quantize_signed.kernel(
     "triton",
     Constraints.on_gpu(
         dtypes={"x": frozenset({torch.float16, torch.bfloat16, torch.float32})},
-        at_least={"hadamard_block": 16, "group_size": 2},
-        at_most={"hadamard_block": 64, "group_size": 1024, "channels": 65536},
+        divisible={"channels": 4},
+        at_least={"group_size": 4},
+        at_most={"hadamard_block": 64, "group_size": 64, "channels": 65536},
         power_of_two=frozenset({"hadamard_block", "group_size"}),
     ),
 )
 def _launch(x: Tensor, bits: int, group_size: int | None, block: int) -> tuple[Tensor, Tensor]:
-    tokens, channels = x.shape
-    x = x.contiguous()
-    operand = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    if tokens == 0:
-        return operand, scale
-    blocks = max(next_power_of_two(ceil_div(channels, block)), 16)
-    limit = code_max(bits)
-    _quantize_kernel[(tokens,)](
-        x,
-        _fast(block, x.device),
-        operand,
-        scale,
-        channels,
-        1.0 / (limit if group_size is None else 7 * SIGNED_MAX),
-        1.0 / math.sqrt(block),
-        CODE_MAX=limit,
-        GROUP=group_size or 0,
-        BLOCK=block,
-        BLOCKS=blocks,
-        enable_fp_fusion=False,
-        num_warps=min(max(blocks * block // 1024, 1), 16),
-    )
-    return operand, scale
+    return _prepare(x, bits, group_size, block)(x)
 
 
-_matrices: dict[tuple[int, torch.device], Tensor] = {}
-
-
-def _fast(block: int, device: torch.device) -> Tensor:
-    """Sylvester's matrix in float16 on a device, made once."""
-    key = (block, device)
-    if key not in _matrices:
-        made = sylvester(block, torch.float16, device)
-        if device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                return made  # Its memory would be the graph's.
-            torch.cuda.current_stream(device).synchronize()
-        _matrices[key] = made
-    return _matrices[key]
+_launch.prepare = _prepare  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..models import LinearInput, ModelFamily, family_for
 from ..recipe import Recipe
-from ..runtime.scheme import sections, treatment
+from ..runtime.scheme import head_is_kept, sections, treatment
 from .calibration.hessian import SymmetricSum
 from .experts import HESSIAN_BYTES, batches_of_experts
 from .needs import needs_hessian
@@ -91,7 +91,8 @@ def projected_memory(
         routed = samples * tokens * hidden * _FLOAT  # What goes into the experts of a layer.
     ends = [model.get_submodule(path) for path in (family.embedding, family.head)]
     others = [model.get_submodule(path) for path in family.other_modules(model)]
-    folded = 0 if recipe.rotation is None else _FOLDED
+    changed = recipe.rotation is not None and (recipe.rotation.residual or not head_is_kept(recipe, family))
+    folded = _FOLDED if changed else 0
     host = max(
         *(_bytes(layer) + routed for _, layer in distinct.values()),
         *(_bytes(module) + folded * _piece(module) for module in ends),

@@ -48,6 +48,9 @@ def treatment(recipe: Recipe, layer_name: str, entry: LinearInput) -> Treatment:
     for override in recipe.overrides:
         if fnmatchcase(f"{layer_name}.{entry.path}", override.match):
             weights, activations = override.weights or weights, override.activations or activations
+    if recipe.rotation is not None and recipe.rotation.blocks is not None and activations.bits != 16:
+        # Blocks are rotated by the kernel of signed levels; with one scale a token there is nothing to sign.
+        activations = activations.model_copy(update={"signed": True})
     kept = weights.bits == 16
     linears = tuple(
         name

@@ -116,7 +116,7 @@ def shard_rotation(where: str, rotation: OnlineHadamard | None, channels: int) -
         raise UsageError(
             f"The online rotation of '{where}' mixes {plan.block * inner} channels, of which {parts}"
             f" processes have {channels} each: it would cross them. Use a smaller --tensor-parallel-size, or"
-            f" quantize the model again with --set rotation.shards={parts}."
+            f" quantize the model again with --set rotation.shards={parts}, or with smaller rotation.blocks."
         )
     return OnlineHadamard(HadamardPlan(channels // inner, plan.block, plan.base), inner)
 

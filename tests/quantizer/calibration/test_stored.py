@@ -36,10 +36,10 @@ def source(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def stored(source: Path, tmp_path_factory: pytest.TempPathFactory) -> StoredCalibration:
-    return calibrate_tiny(source, tmp_path_factory.mktemp("calibration") / "calib")
+    return calibrate_tiny(source, tmp_path_factory.mktemp("calibration") / "calib", "rrs1-w4a4kv4")
 
 
-@pytest.mark.parametrize("name", ["rrs-w4a4kv4", "rrs-paper-w4a4kv4", "rtn-w4a4"])
+@pytest.mark.parametrize("name", ["rrs1-w4a4kv4", "rrs-paper-w4a4kv4", "rtn-w4a4"])
 def test_magnitudes_are_those_of_the_folders_recipe(source: Path, tmp_path: Path, name: str) -> None:
     recipe = recipe_of(name)
     ordered = recipe_of("rrs-paper-w4a4kv4").model_copy(update={"rotation": recipe.rotation})
@@ -63,7 +63,7 @@ def test_magnitudes_are_those_of_the_folders_recipe(source: Path, tmp_path: Path
             torch.testing.assert_close(absmax, measured.absmax, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["rrs-w4a4kv4", "rrs-paper-w4a4kv4", "gptq-w4a16"])
+@pytest.mark.parametrize("name", ["rrs1-w4a4kv4", "rrs-paper-w4a4kv4", "gptq-w4a16"])
 def test_codes_are_those_of_the_same_hessians(source: Path, stored: StoredCalibration, name: str) -> None:
     """A run on the folder, against rounding each folded weight directly."""
     recipe = recipe_of(name)
@@ -95,7 +95,7 @@ def test_codes_are_those_of_the_same_hessians(source: Path, stored: StoredCalibr
 
 
 def test_a_quantized_head_is_that_of_the_stored_hessian(source: Path, stored: StoredCalibration) -> None:
-    recipe = recipe_of("rrs-w4a4kv4", ["head.bits=4"])
+    recipe = recipe_of("rrs1-w4a4kv4", ["head.bits=4"])
     quantized: Any = quantize_model(load_tiny(source), recipe, None, stored=stored)
     assert quantized.report.fallbacks == []
     model = load_tiny(source)

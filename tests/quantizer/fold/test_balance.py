@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rrsq.models import family_for
-from rrsq.quantizer.fold.balance import balance_factors, balance_norms, balanced_norms
+from rrsq.quantizer.fold.balance import balance_factors, balance_norms, balanced_norms, read_energy
 from rrsq.runtime.assemble import open_experts
 from tiny_families import TINY, tiny_model
 from tiny_quantized import logits_of, random_tokens
@@ -66,7 +66,7 @@ def test_the_factors_are_the_formula() -> None:
     open_experts(layer, family)
     entries = balanced_norms(layer, family)["post_attention_layernorm"]
     energy = torch.rand(56, generator=torch.Generator().manual_seed(0)) + 0.01
-    factors = balance_factors(layer, entries, energy).double().numpy()
+    factors = balance_factors(read_energy(layer, entries), energy).double().numpy()
     mlp = layer.mlp
     read = [mlp.experts.gate_up_proj.weight.reshape(-1, 56), mlp.gate.weight, mlp.shared_expert_gate.weight]
     read += [mlp.shared_expert.gate_proj.weight, mlp.shared_expert.up_proj.weight]
@@ -84,7 +84,7 @@ def test_dead_channels_are_left_alone() -> None:
     energy[3] = 0.0
     with torch.no_grad():
         layer.input_layernorm.weight[5] = 0.0
-    factors = balance_factors(layer, entries, energy)
+    factors = balance_factors(read_energy(layer, entries), energy)
     assert float(factors[3]) == 1.0
     before = layer.self_attn.q_proj.weight.detach().clone()
     done = balance_norms(layer, family, {"input_layernorm": torch.full((60,), 2.0)})["input_layernorm"]
@@ -110,7 +110,7 @@ def test_the_product_of_the_errors_becomes_least() -> None:
     def product(factors: Tensor) -> float:
         return float((energy * factors.square()).sum() * (weight / factors).square().sum())
 
-    best = balance_factors(layer, entries, energy).double()
+    best = balance_factors(read_energy(layer, entries), energy).double()
     for seed in range(20):
         other = best * torch.exp(
             0.1 * torch.randn(60, generator=torch.Generator().manual_seed(seed)).double()

@@ -28,8 +28,9 @@ def test_a_checkpoint_holds_what_a_hugging_face_folder_holds(qwen2_checkpoint: P
     assert quantization["quant_method"] == "rrsq"
     assert quantization["format_version"] == 2
     assert quantization["recipe"] == recipe_of("rrs-w4a4kv4").model_dump(mode="json")
-    assert quantization["rotation"]["residual"] == {"size": 64, "block": 64, "base": 1}
-    assert quantization["rotation"]["intermediate"]["size"] == 96
+    assert quantization["rotation"]["head"] == {"size": 16, "block": 16, "base": 1}
+    assert quantization["rotation"]["blocks"] == 16
+    assert quantization["rotation"]["residual"] is quantization["rotation"]["intermediate"] is None
     assert quantization["key_bits"] == [4, 4]
     assert "torch" in quantization["versions"]
 
@@ -54,8 +55,9 @@ def test_tensors_have_the_designed_names_shapes_and_dtypes(qwen2_checkpoint: Pat
     assert tensors[down + "weight"].dtype == torch.uint8
     assert tensors["model.layers.0.self_attn.q_proj.bias"].shape == (64,)
     assert tensors["model.layers.0.self_attn.kv_quantizer.keys.offset"].shape == (2, 16)
-    assert tensors["rotation_signs.residual_signs"].shape == (64,)
-    assert tensors["rotation_signs.residual_signs"].dtype == torch.int8
+    assert "rotation_signs.residual_signs" not in tensors
+    assert tensors["rotation_signs.head_signs"].shape == (16,)
+    assert tensors["rotation_signs.head_signs"].dtype == torch.int8
     assert set(tensors["rotation_signs.head_signs"].tolist()) == {-1, 1}
 
 

@@ -99,7 +99,7 @@ def test_a_wrong_shape(load: Callable[[Path], Any], damaged: Path) -> None:
         (PACKED, torch.int8),
         (PACKED, torch.float32),
         ("model.layers.0.mlp.up_proj.weight_scale", torch.int32),
-        ("rotation_signs.residual_signs", torch.float16),
+        ("rotation_signs.head_signs", torch.float16),
     ],
 )
 def test_a_wrong_dtype(load: Callable[[Path], Any], damaged: Path, name: str, dtype: torch.dtype) -> None:
@@ -160,9 +160,9 @@ def test_an_impossible_rotation(load: Callable[[Path], Any], damaged: Path, plan
 
 def test_a_rotation_of_another_size(load: Callable[[Path], Any], damaged: Path) -> None:
     change_config(
-        damaged, lambda config: config["rotation"].update(residual={"size": 32, "block": 32, "base": 1})
+        damaged, lambda config: config["rotation"].update(head={"size": 32, "block": 32, "base": 1})
     )
-    refuse(load, damaged, "rotation 'residual' of size 32; its recipe and config.json ask for 64")
+    refuse(load, damaged, "rotation 'head' of size 32; its recipe and config.json ask for 16")
 
 
 @pytest.mark.parametrize("missing", ["recipe", "rotation"])

@@ -38,7 +38,7 @@ def test_a_plain_recipe_has_no_exceptions() -> None:
     assert describe_head(info) == "16 bits"
     assert describe_rotation(info) == "none"
     assert describe_weights(info).startswith("INT4, GPTQ, groups of up to 32")
-    assert describe_activations(info).startswith("INT4, runtime smoothing")
+    assert describe_activations(info).startswith("INT4, signed levels")
 
 
 def test_exceptions_are_named_with_their_patterns() -> None:
@@ -52,7 +52,7 @@ def test_exceptions_are_named_with_their_patterns() -> None:
 
 @pytest.mark.parametrize("name", ["gemma2", "llama"])
 def test_card_and_inspect_say_what_was_done(name: str, tiny_llama_dir: Path, tmp_path: Path) -> None:
-    quantized = quantize_model(tiny_model(name), recipe_of("rrs-w4a4kv4", EXCEPTIONS), random_tokens(2, 24))
+    quantized = quantize_model(tiny_model(name), recipe_of("rrs1-w4a4kv4", EXCEPTIONS), random_tokens(2, 24))
     out = save_tiny(quantized, tiny_llama_dir, tmp_path / "out")
     card = (out / "README.md").read_text(encoding="utf-8")
     inspected = CliRunner().invoke(app, ["inspect", str(out)], env={"COLUMNS": "1000"})

@@ -22,7 +22,7 @@ from rrsq.runtime.rotation.hadamard import orthonormal, plan_hadamard
 from tiny_quantized import load_tiny, logits_of, quantize_tiny, random_tokens, recipe_of
 
 HEADS, HEAD_DIM = 2, 16
-ONLY_CACHE = ["activations.bits=16", "weights.group_size=2", "weights.method=rtn"]
+ONLY_CACHE = ["activations={bits: 16}", "weights.group_size=2", "weights.method=rtn"]
 
 
 FREQUENCY = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float32) / HEAD_DIM)
@@ -226,7 +226,7 @@ def test_operations_on_an_empty_layer_do_nothing() -> None:
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
     """Weights nearly exact and activations in 16 bits, so that only the cache matters."""
-    return recipe_of("rrs-w4a4kv4", ["activations.smoothing=null", *ONLY_CACHE])
+    return recipe_of("rrs-w4a4kv4", ONLY_CACHE)
 
 
 @pytest.fixture(scope="module", params=["tiny_llama_dir", "tiny_qwen2_dir"])
@@ -322,7 +322,7 @@ def test_left_padding_changes_nothing(model: Any) -> None:
 @pytest.mark.parametrize("padding", [0, 5])
 def test_eight_bits_are_close_to_the_unquantized_cache(tiny_qwen2_dir: Path, padding: int) -> None:
     """Qwen2 with huge key biases: the model's own logits, within what 8-bit keys and values cost."""
-    recipe = recipe_of("rrs-w4a4kv4", ["activations.smoothing=null", *ONLY_CACHE, "kv_cache.values.bits=8"])
+    recipe = recipe_of("rrs-w4a4kv4", [*ONLY_CACHE, "kv_cache.values.bits=8"])
     quantized = quantize_tiny(tiny_qwen2_dir, recipe).model
     for layer in quantized.model.layers:
         layer.self_attn.kv_quantizer.keys.set_bits(8)
@@ -338,7 +338,7 @@ def test_eight_bits_are_close_to_the_unquantized_cache(tiny_qwen2_dir: Path, pad
 def test_the_offset_rescues_huge_key_biases(tiny_qwen2_dir: Path) -> None:
     """Four-bit keys of a model with huge key biases, with the calibrated mean taken off and without."""
     tokens = random_tokens(2, 40)
-    recipe = recipe_of("rrs-w4a4kv4", ["activations.smoothing=null", *ONLY_CACHE])
+    recipe = recipe_of("rrs-w4a4kv4", ONLY_CACHE)
     plain = logits_of(
         quantize_tiny(tiny_qwen2_dir, recipe.model_copy(update={"kv_cache": None})).model, tokens
     )
@@ -346,7 +346,7 @@ def test_the_offset_rescues_huge_key_biases(tiny_qwen2_dir: Path) -> None:
     for offset in ("mean", "none"):
         changed = recipe_of(
             "rrs-w4a4kv4",
-            ["activations.smoothing=null", *ONLY_CACHE, f"kv_cache.keys.offset={offset}"],
+            [*ONLY_CACHE, f"kv_cache.keys.offset={offset}"],
         )
         logits = logits_of(quantize_tiny(tiny_qwen2_dir, changed).model, tokens)
         errors[offset] = float((logits - plain).norm() / plain.norm())

@@ -67,6 +67,18 @@ class InputBasis:
         residual = rotations.residual
         return cls(_unchanged if residual is None else residual.apply, _unless_folded(affine, rotations))
 
+    def balanced(self, factors: Tensor) -> InputBasis:
+        """The basis of ``x * factors``, ``[channels]``, where these are folded into the norm's gain."""
+        rotate = self.rotate
+        return InputBasis(lambda x: rotate(x * factors), self.affine)
+
+    def energy(self, mean: Tensor, square: Tensor) -> Tensor:
+        """Mean squares ``[channels]`` before any rotation, from the stored inputs' means and mean squares."""
+        if self.affine is None:
+            return square
+        gain, bias = _plain(self.affine.gain, mean), _plain(self.affine.bias, mean)
+        return gain**2 * square + 2 * gain * bias * mean + bias**2
+
     def rows(self, x: Tensor) -> Tensor:
         """Stored activations ``[..., channels]`` as the recipe's linears see them."""
         return self.rotate(apply_affine(x, self.affine))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...models import LinearInput, ModelFamily, NormKind
 from .online import matrices
 
-__all__ = ["balance_factors", "balance_norms", "balanced_norms"]
+__all__ = ["balance_factors", "balance_norms", "balanced_norms", "read_energy"]
 
 _RANGE = 1e4
 """Factors beyond this, and below its inverse, are cut: channels that are dead on the calibration text."""
@@ -32,21 +32,30 @@ def balanced_norms(layer: nn.Module, family: ModelFamily) -> dict[str, tuple[Lin
     return found
 
 
-def balance_factors(layer: nn.Module, entries: tuple[LinearInput, ...], energy: Tensor) -> Tensor:
+def read_energy(layer: nn.Module, entries: tuple[LinearInput, ...]) -> Tensor:
+    """``‖W_:k‖²`` of all linears that read a norm's output, those in full precision among them.
+
+    Args:
+        layer: holds the weights, as the norm with its gain is in front of them.
+        entries: all inputs that come from the norm.
+
+    Returns:
+        float64 ``[channels]``.
+    """
+    return torch.stack([weight.double().square().sum(0) for weight in _readers(layer, entries)]).sum(0)
+
+
+def balance_factors(read: Tensor, energy: Tensor) -> Tensor:
     """``D`` of a norm's output.
 
     Args:
-        layer: holds the weights of the linears that read it, those in full precision among them.
-        entries: all inputs that come from the norm.
+        read: ``[channels]``, see :func:`read_energy`.
         energy: ``[channels]``, the mean square of each channel over tokens.
 
     Returns:
         float32 ``[channels]``, positive, of geometric mean 1; 1 for channels that are zero or read by nobody.
     """
-    energy = energy.double()
-    read = torch.zeros_like(energy)
-    for weight in _readers(layer, entries):
-        read += weight.double().square().sum(0)
+    energy, read = energy.double(), read.double()
     known = (energy > 0) & (read > 0)
     if not bool(known.any()):
         return torch.ones_like(energy, dtype=torch.float32)

@@ -17,7 +17,7 @@ from ...runtime.rotation.rotations import Rotations
 from ..calibration.experts import RoutedTokens
 from ..calibration.hessian import SymmetricSum
 from ..calibration.statistics import InputSummary, LayerStatistics
-from .balance import balance_factors, balance_norms, balanced_norms
+from .balance import balance_factors, balance_norms, balanced_norms, read_energy
 from .online import rotate_input_online
 
 __all__ = ["rotate_in_blocks"]
@@ -52,7 +52,7 @@ def rotate_in_blocks(
             for norm, entries in balanced_norms(layer, family).items()
         }
         wanted = {
-            norm: balance_factors(layer, entries, energy)
+            norm: balance_factors(read_energy(layer, entries), energy)
             for norm, (entries, energy) in known.items()
             if energy is not None
         }
