@@ -60,12 +60,14 @@ def rotate_blocks(x: Tensor, block: int) -> Tensor:
 
 def _butterflies(x: Tensor, block: int) -> Tensor:
     """:func:`rotate_blocks` without the factor: sums and differences at distances 1, 2, 4, ..."""
-    y, distance = x.float(), 1
+    tokens, channels = x.shape
+    # A block's channels apart from each other: what is added lies in one piece then.
+    y, distance = x.float().view(-1, block).t().contiguous(), 1
     while distance < block:
-        first, second = y.unflatten(1, (-1, 2, distance)).unbind(2)
-        y = torch.stack((first + second, first - second), 2).flatten(1)
+        first, second = y.unflatten(0, (-1, 2, distance)).unbind(1)
+        y = torch.stack((first + second, first - second), 1).flatten(0, 2)
         distance *= 2
-    return y
+    return y.t().reshape(tokens, channels)
 
 
 @operation(
@@ -116,8 +118,10 @@ def _quantized(x: Tensor, bits: int, group_size: int | None, block: int) -> tupl
         scale = code_scale(largest, 1.0 / c)
         return (y * (norm * (1.0 / scale)).unsqueeze(1)).round_().clamp_(-c, c), scale
     scale = code_scale(largest, 1.0 / (7 * SIGNED_MAX))
-    r = (y * (norm * (1.0 / scale)).unsqueeze(1)).half().float().unflatten(1, (-1, group_size))
-    top, bottom = r.amax(2, keepdim=True), -r.amin(2, keepdim=True)
+    r = (y * (norm * (1.0 / scale)).unsqueeze(1)).half().float()
+    # A group's channels apart from each other, as in the rotation.
+    r = r.view(-1, group_size).t().contiguous()
+    top, bottom = r.amax(0), -r.amin(0)
     sign = torch.where(top >= bottom, -1.0, 1.0)
     bound = torch.maximum(
         torch.maximum(top, bottom) * (1.0 / _LOWEST), torch.minimum(top, bottom) * (1.0 / _HIGHEST)
@@ -126,16 +130,16 @@ def _quantized(x: Tensor, bits: int, group_size: int | None, block: int) -> tupl
     best, least = torch.zeros_like(r), torch.full_like(top, torch.inf, dtype=torch.float16)
     for step in _STEPS:
         m = (middle + step).clamp(1, SIGNED_MAX) * sign
-        operand = (r * (1.0 / m).half().float()).round().clamp(-8, 7) * m
+        operand = (r * (1.0 / m).half().float()).round_().clamp_(-8, 7).mul_(m)
         error = _sum_of_squares((r - operand).half())
         best = torch.where(error < least, operand, best)
         least = torch.minimum(error, least)
-    return best.flatten(1), scale
+    return best.t().reshape(y.shape), scale
 
 
 def _sum_of_squares(error: Tensor) -> Tensor:
-    """Over the last dimension, in order, every square and sum rounded to float16; the dimension stays."""
-    first, *others = (error * error).split(1, -1)
+    """Over the first dimension, in order, every square and sum rounded to float16."""
+    first, *others = (error * error).unbind(0)
     for square in others:
         first = first + square
     return first
