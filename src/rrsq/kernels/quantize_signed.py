@@ -549,16 +549,16 @@ def _prepare(
     unit = _unit(channels, group_size, block)
     cut = cut or _cut(tokens, channels, unit)
     units, parts, warps = cut.units, cut.parts, cut.warps
-    kernel = _quantize_kernel[(tokens,)]
     scale_factor = 1.0 / (code_max(bits) if group_size is None else 7 * SIGNED_MAX)
     normalization, group, piece = 1.0 / math.sqrt(block), group_size or 0, min(16 // x.element_size(), unit)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.contiguous()
+        tokens = x.shape[0]
         words = torch.empty((tokens, channels // 4), dtype=torch.int32, device=device)
         scale = torch.empty(tokens, dtype=torch.float32, device=device)
         if tokens:
-            kernel(
+            _quantize_kernel[(tokens,)](
                 x,
                 words,
                 scale,

@@ -57,7 +57,7 @@ class _Graph:
     graph: torch.cuda.CUDAGraph
     input_ids: Tensor
     position_ids: Tensor
-    mask: Tensor | None
+    mask: Tensor
     outputs: Any
     constants: object
     """Of the cache's quantizers: they are made anew where the model is moved or cast."""
@@ -218,7 +218,7 @@ class Decoder:
             found.position_ids.fill_(seen)
         else:
             found.position_ids.copy_(positions)
-        if found.mask is not None and mask is not None:
+        if mask is not None:
             found.mask[:, 0, 0, : mask.shape[1]].copy_(mask)
         found.graph.replay()
         for layer in layers:
@@ -234,10 +234,10 @@ class Decoder:
         layers: list[Any] = cache.layers
         input_ids, seen = kwargs["input_ids"].clone(), layers[0].tokens
         positions = torch.full_like(input_ids, seen)
-        mask = None
-        if kwargs.get("attention_mask") is not None:
-            shape = (storage.batch, 1, 1, storage.capacity)
-            mask = torch.ones(shape, dtype=torch.bool, device=storage.device)
+        # With a mask of four dimensions transformers makes none of its own, which would be that of one length:
+        # attention is causal and windowed by itself, and sees what lies beyond the last column.
+        columns = storage.capacity if kwargs.get("attention_mask") is not None else 1
+        mask = torch.ones((storage.batch, 1, 1, columns), dtype=torch.bool, device=storage.device)
         graph = torch.cuda.CUDAGraph()
         given = {
             **kwargs,

@@ -78,7 +78,9 @@ def test_a_graph_gives_what_the_forward_pass_gives(
     assert torch.equal(logits[seen], expected[seen])
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}]
+)
 def test_generate(model: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = random_tokens(2, 30).cuda()
     options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, **options}

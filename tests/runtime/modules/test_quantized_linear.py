@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from rrsq.runtime.rotation.hadamard import plan_hadamard
 from tiny_quantized import logits_of, quantize_tiny, random_tokens, recipe_of
 
 IN, OUT = 96, 40
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 SCHEMES = {
     "W4A16": InputScheme(IN, 16),
     "A4 a token": InputScheme(IN, 4),
@@ -190,3 +192,21 @@ def test_linears_of_one_input_quantize_it_once(tiny_llama_dir: Path, monkeypatch
     parent = quantized.model.model.layers[0].self_attn
     quantizers = {id(getattr(parent, name).input_quantizer) for name in ("q_proj", "k_proj", "v_proj")}
     assert quantizers == {id(parent.qkv_input)}
+
+
+KEPT = {**SCHEMES, "signed": InputScheme(IN, 4, group_size=16, scales="integer", signed=True)}
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "name", ["W4A16", "A8 a token", "integer 16", "token, real scales", "sequence", "signed"]
+)
+def test_what_is_kept_for_many_tokens_serves_any_number_of_them(name: str) -> None:
+    """All numbers above 64 are one size class, of which what runs the first is kept."""
+    linear = make_linear(KEPT[name])
+    with kernels.use_kernels("triton"):
+        for tokens in (70, 70, 90, 66):
+            x = activations(tokens)
+            with kernels.use_kernels("eager"):
+                expected = make_linear(KEPT[name])(x)
+            torch.testing.assert_close(linear(x), expected, rtol=1e-3, atol=1e-3)
