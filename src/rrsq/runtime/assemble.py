@@ -88,8 +88,8 @@ def quantize_input_modules(
     for name in how.linears:
         replaced[name] = _empty(originals[name], how.weights, quantizer)
         setattr(parent, name, replaced[name])
-    biases = {linear.bias is not None for linear in replaced.values()}
-    if len(replaced) > 1 and len(biases) == 1:
+    biases = [linear.bias is not None for linear in replaced.values() if isinstance(linear, QuantizedLinear)]
+    if len(biases) > 1 and len(set(biases)) == 1:
         others = tuple(name for name in entry.linears if name not in replaced)
         setattr(parent, entry.fused_name, FusedLinears(parent, how.linears, others))
     return replaced

@@ -234,8 +234,8 @@ class Decoder:
         layers: list[Any] = cache.layers
         input_ids, seen = kwargs["input_ids"].clone(), layers[0].tokens
         positions = torch.full_like(input_ids, seen)
-        # With a mask of four dimensions transformers makes none of its own, which would be that of one length:
-        # attention is causal and windowed by itself, and sees what lies beyond the last column.
+        # With a mask of four dimensions transformers makes none of its own, which would be that of one
+        # length: attention is causal and windowed by itself, and sees what lies beyond the last column.
         columns = storage.capacity if kwargs.get("attention_mask") is not None else 1
         mask = torch.ones((storage.batch, 1, 1, columns), dtype=torch.bool, device=storage.device)
         graph = torch.cuda.CUDAGraph()
