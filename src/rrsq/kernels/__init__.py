@@ -19,6 +19,7 @@ from .packing import pack_int4, unpack_int4, weight_operand
 from .quantize_signed import quantize_signed
 from .quantize_smoothed import quantize_smoothed, tokens_per_set
 from .quantize_tokens import quantize_tokens
+from .rms_norm import rms_norm
 from .rotation import hadamard_transform
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "quantize_signed",
     "quantize_smoothed",
     "quantize_tokens",
+    "rms_norm",
     "route_rows",
     "tokens_per_set",
     "unpack_int4",

@@ -25,6 +25,7 @@ from ..assemble import (
 )
 from ..decoding import attach_decoder
 from ..modules.norms import replace_final_norm, replace_layer_norms
+from ..norms import use_norm_kernels
 from ..scheme import treatment
 from .format import QUANT_METHOD, CheckpointInfo, parse_info
 from .json_files import read_config
@@ -78,6 +79,7 @@ class RRSQQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         check_values(model)
         settle(model)
+        use_norm_kernels(model)
         attach_decoder(model)
 
     def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> list[Any]:
