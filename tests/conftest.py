@@ -166,6 +166,13 @@ def qwen2_checkpoint(
 
 
 @pytest.fixture(scope="session")
+def fully_rotated_checkpoint(tiny_qwen2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of the first generation, whose rotation of ``down`` mixes all channels; not to be changed."""
+    quantized = quantize_tiny(tiny_qwen2_dir, recipe_of("rrs1-w4a4kv4"))
+    return save_tiny(quantized, tiny_qwen2_dir, tmp_path_factory.mktemp("rotated") / "out")
+
+
+@pytest.fixture(scope="session")
 def sharded_checkpoint(
     quantized_qwen2: QuantizedModel, tiny_qwen2_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

@@ -95,6 +95,7 @@ def quantize(
         open_calibration,
         produce_checkpoint,
     )
+    from .quantizer.production.output_shards import parse_size
     from .runtime.format.loading import load_tokenizer
     from .storage import check_output
     from .work_folder import was_published
@@ -103,6 +104,7 @@ def quantize(
     _at_least("num_samples", num_samples, 1)
     _at_least("sequence_length", sequence_length, 8)
     _at_least("seed", seed, 0)
+    parse_size(max_shard_size)  # Wrong, it is refused before a text is fetched.
     chosen = choose_recipe(recipe, overrides, ignore)
     to = OutputOptions(Path(output), overwrite, max_shard_size, restart, _path(offload_dir))
     if restart or not was_published(to.folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -22,6 +23,7 @@ from rrsq.recipe import load_recipe
 
 CPU = torch.device("cpu")
 DEFAULT = LinearScheme.of(load_recipe("rrs-w4a4kv4"))
+FIRST = LinearScheme.of(load_recipe("rrs1-w4a4kv4"))
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def test_time_calls_takes_every_call():
 
 
 def test_the_weight_in_floating_point_is_what_the_packed_one_stands_for():
-    problem = make_problems(3, LinearShape("s", 64, 96), CPU, DEFAULT)[0]
+    problem = make_problems(3, LinearShape("s", 64, 96), CPU, FIRST)[0]
     expected = CONTENDERS["rrsq"].expected(problem)
     relative = (expected - CONTENDERS["cublas"].expected(problem)).norm() / expected.norm()
     assert 0.01 < float(relative) < 0.3  # 4-bit activations
@@ -100,37 +102,43 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
 
 
 def test_rotated_shapes_add_the_rotated_stage():
-    names = [contender.name for contender in contenders_for([], LinearShape("s", 64, 64, True), DEFAULT)]
-    assert "rotate-quantize" in names
-    assert "rotate-quantize" not in [c.name for c in contenders_for([], LinearShape("s", 64, 64), DEFAULT)]
+    def names(rotated, scheme):
+        return [contender.name for contender in contenders_for([], LinearShape("s", 64, 64, rotated), scheme)]
+
+    assert "rotate-quantize" in names(True, FIRST)
+    assert "rotate-quantize" not in names(False, FIRST)
+    # Blocks are rotated in every input, by what quantizes it.
+    assert "rotate-quantize" not in names(True, DEFAULT)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "expected"),
+    ("recipe", "expected", "operation", "arguments"),
     [
-        ("rrs-w4a4kv4", (32, 4, 16, 0.9333)),
-        ("rrs-w4a8kv4", (32, 8, None, 1.0)),
-        ("quarot-w4a4kv4", (None, 4, None, 0.9)),
+        ("rrs-w4a4kv4", (32, 4, 16, 1.0, 16), "quantize_signed", (4, 16, 16)),
+        ("rrs-w4a8kv4", (32, 8, None, 1.0, 16), "quantize_signed", (8, None, 16)),
+        ("rrs1-w4a4kv4", (32, 4, 16, 0.9333, None), "quantize_tokens", (4, 16, 0.9333)),
+        ("rrs1-w4a8kv4", (32, 8, None, 1.0, None), "quantize_tokens", (8, None, 1.0)),
+        ("quarot-w4a4kv4", (None, 4, None, 0.9, None), "quantize_tokens", (4, None, 0.9)),
     ],
 )
-def test_what_is_timed_is_what_the_recipe_says(recipe, expected, monkeypatch):
+def test_what_is_timed_is_what_the_recipe_says(recipe, expected, operation, arguments, monkeypatch):
     """The calls of the timed linear, by what they are given."""
     from rrsq.benchmarking import contenders
 
     scheme = LinearScheme.of(load_recipe(recipe))
-    assert (scheme.weight_group_size, scheme.bits, scheme.group_size, scheme.clip) == expected
+    assert dataclasses.astuple(scheme) == expected
     problem = make_problems(2, LinearShape("s", 64, 96), CPU, scheme)[0]
     assert (problem.multiplier is None) == (expected[0] is None)
     if problem.multiplier is not None:
         assert problem.multiplier.shape == (64, 96 // expected[0])
     given = []
-    real = contenders.kernels.quantize_tokens
+    real = getattr(contenders.kernels, operation)
     monkeypatch.setattr(
-        contenders.kernels, "quantize_tokens", lambda x, *rest, **more: given.append(rest) or real(x, *rest)
+        contenders.kernels, operation, lambda x, *rest, **more: given.append(rest) or real(x, *rest)
     )
     call = CONTENDERS["rrsq-linear"].prepare(problem)
     assert call().shape == (2, 64)
-    assert given == [expected[1:]]
+    assert given == [arguments]
     error = (call().double() - CONTENDERS["rrsq-linear"].expected(problem)).norm()
     assert error < 4e-3 * call().double().norm()
     names = [contender.name for contender in contenders_for([], problem.shape, scheme)]
@@ -138,11 +146,12 @@ def test_what_is_timed_is_what_the_recipe_says(recipe, expected, monkeypatch):
 
 
 def test_groups_divide_the_channels():
-    assert DEFAULT.for_channels(4864 + 8) == LinearScheme(8, 4, 8, 0.9333)
+    assert FIRST.for_channels(4864 + 8) == LinearScheme(8, 4, 8, 0.9333)
+    assert DEFAULT.for_channels(4864 + 8) == LinearScheme(8, 4, 8, 1.0, 8)
     assert DEFAULT.weight_bits == 4.25
 
 
-@pytest.mark.parametrize("recipe", ["gptq-w4a16", "w16a16kv4", "signed-w4a4kv4", "rrs-paper-w4a4kv4"])
+@pytest.mark.parametrize("recipe", ["gptq-w4a16", "w16a16kv4", "rrs-paper-w4a4kv4"])
 def test_a_recipe_without_an_integer_product_is_refused(recipe):
     with pytest.raises(UsageError, match=rf"{recipe}.*cannot be timed alone"):
         LinearScheme.of(load_recipe(recipe))

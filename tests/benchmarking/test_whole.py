@@ -292,16 +292,20 @@ def test_without_vllm_it_says_how_to_install_it(qwen2_checkpoint: Path) -> None:
 
 
 def test_without_a_gpu_it_says_so(
-    vllm: StandIn, qwen2_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    vllm: StandIn, qwen2_checkpoint: Path, fully_rotated_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for what in (("--model", qwen2_checkpoint), ("--shape", "llama-3-8b")):
-        # The rotations of a default checkpoint serve one process, which is looked at first.
+    first = ("--recipe", "rrs1-w4a4kv4")
+    for what in (("--model", fully_rotated_checkpoint), ("--shape", "llama-3-8b", *first)):
+        # The rotations of the first generation serve one process, which is looked at first.
         result = rrsq_bench("--engine", "vllm", *what, "-t", 2)
         assert result.exit_code == 2
         assert "rotation.shards=2" in result.stderr
-    words = ("--shape", "llama-3-8b", "--set", "rotation.shards=2", "-t", 2)
+    words = ("--shape", "llama-3-8b", *first, "--set", "rotation.shards=2", "-t", 2)
     monkeypatch.setattr("rrsq.vllm.engine._gpus", lambda: 1)
     result = rrsq_bench("--engine", "vllm", *words)
+    assert "vLLM needs 2 NVIDIA GPUs; torch sees 1" in result.stderr
+    # Blocks of the default recipe lie within a process.
+    result = rrsq_bench("--engine", "vllm", "--shape", "llama-3-8b", "-t", 2)
     assert "vLLM needs 2 NVIDIA GPUs; torch sees 1" in result.stderr
     monkeypatch.setattr("rrsq.vllm.engine._gpus", lambda: 0)
     result = rrsq_bench("--engine", "vllm", "--model", qwen2_checkpoint)

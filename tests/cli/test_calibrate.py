@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -96,19 +97,24 @@ def test_quantize_uses_it(run: tuple[Path, str], tiny_qwen2_dir: Path, tmp_path:
     assert "output SNR (dB)" not in listing
 
 
+@pytest.mark.parametrize("recipe", ["rrs-w4a4kv4", "rrs1-w4a4kv4"])
 def test_quantize_is_close_to_running_the_text(
-    run: tuple[Path, str], tiny_qwen2_dir: Path, tiny_text_file: Path, tmp_path: Path
+    recipe: str, run: tuple[Path, str], tiny_qwen2_dir: Path, tiny_text_file: Path, tmp_path: Path
 ) -> None:
     """Layer 0 sees the same inputs either way, but for their rounding to bfloat16 between layers."""
-    rrsq("quantize", tiny_qwen2_dir, "-o", tmp_path / "stored", "--calibration", run[0])
-    text = ["--calibration-data", tiny_text_file, *SMALL]
-    rrsq("quantize", tiny_qwen2_dir, "-o", tmp_path / "direct", *text)
+    words = ["quantize", tiny_qwen2_dir, "--recipe", recipe]
+    rrsq(*words, "-o", tmp_path / "stored", "--calibration", run[0])
+    rrsq(*words, "-o", tmp_path / "direct", "--calibration-data", tiny_text_file, *SMALL)
     stored, direct = (load_file(tmp_path / name / "model.safetensors") for name in ("stored", "direct"))
+    # What follows the statistics without a step: the balance, which is in the norms, and the keys' mean.
+    smooth = [name for name in stored if re.search(r"layers\.0\..*(norm\.weight|weight_scale|offset)$", name)]
+    assert len(smooth) == 2 + 7 + 1
+    for name in smooth:
+        assert float((stored[name] - direct[name]).norm() / direct[name].norm()) < 2**-8
+    # A code that GPTQ rounds the other way takes others with it: of the two, one recipe has few near a tie.
     name = "model.layers.0.self_attn.q_proj.weight_packed"
     same = (stored[name] == direct[name]).float().mean()
-    assert float(same) > 0.98
-    offset = "model.layers.0.self_attn.kv_quantizer.keys.offset"
-    assert float((stored[offset] - direct[offset]).norm() / direct[offset].norm()) < 2**-8
+    assert float(same) > {"rrs-w4a4kv4": 0.9, "rrs1-w4a4kv4": 0.98}[recipe]
 
 
 def test_bos_is_stored(tiny_qwen2_dir: Path, tiny_text_file: Path, tmp_path: Path) -> None:

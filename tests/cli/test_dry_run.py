@@ -40,19 +40,29 @@ def test_the_forecast_is_what_comes_out(fixture: str, request: pytest.FixtureReq
     }
 
 
-def test_a_dry_run_writes_nothing(tiny_qwen2_dir: Path, tmp_path: Path) -> None:
-    done = rrsq("quantize", tiny_qwen2_dir, "-o", tmp_path / "out", "--dry-run", "--ignore", "*.v_proj")
+@pytest.mark.parametrize(
+    ("name", "rotation", "operation"),
+    [
+        ("rrs-w4a4kv4", "blocks (every input, 16 channels each)", "quantize_signed"),
+        ("rrs1-w4a4kv4", "intermediate (96", "quantize_tokens"),
+    ],
+)
+def test_a_dry_run_writes_nothing(
+    name: str, rotation: str, operation: str, tiny_qwen2_dir: Path, tmp_path: Path
+) -> None:
+    words = ("--dry-run", "--ignore", "*.v_proj", "--recipe", name)
+    done = rrsq("quantize", tiny_qwen2_dir, "-o", tmp_path / "out", *words)
     assert done.exit_code == 0, done.output
     assert list(tmp_path.iterdir()) == []
-    recipe = choose_recipe("rrs-w4a4kv4", (), ["*.v_proj"])
+    recipe = choose_recipe(name, (), ["*.v_proj"])
     found = forecast(str(tiny_qwen2_dir), recipe, num_samples=128, sequence_length=2048)
     for expected in (
         stored_bits(found.contents),
         "self_attn.v_proj (2 layers)",
         "128 windows of 2048 tokens",
-        "intermediate (96",
+        rotation,
         "GB of memory",
-        "quantize_tokens",
+        operation,
         "compute capability",
     ):
         assert expected in done.stdout

@@ -111,9 +111,11 @@ def test_lm_eval_and_datasets_are_silent(tiny_llama_dir: Path, tiny_task_hub: Pa
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "acc_norm" in done.stdout
-    said = [line for line in done.stderr.splitlines() if not line.startswith("arc_e: lm-eval")]
-    assert said
-    assert all(line.startswith(("✓ tiny-llama: arc_e", " ")) for line in said), done.stderr
+    first, *said = done.stderr.splitlines()
+    assert first.startswith("finding tasks and their data, ")
+    assert any(line.startswith("✓ tiny-llama: arc_e") for line in said)
+    notes = (f"tiny-llama: {tiny_llama_dir}", "arc_e: lm-eval")
+    assert all(line.startswith(("✓ tiny-llama: arc_e", " ", *notes)) for line in said), done.stderr
 
 
 def test_broken_model_is_said_to_be_broken(

@@ -102,8 +102,8 @@ def test_a_version_that_was_not_tested(
     assert len(started) == 1
 
 
-def test_more_processes_than_a_rotation_allows(qwen2_checkpoint: Path, started: list[Any]) -> None:
-    result = rrsq_serve(qwen2_checkpoint, "-t", 2)
+def test_more_processes_than_a_rotation_allows(fully_rotated_checkpoint: Path, started: list[Any]) -> None:
+    result = rrsq_serve(fully_rotated_checkpoint, "-t", 2)
     assert result.exit_code == 2
     assert "--set rotation.shards=2" in result.stderr
     assert not started

@@ -118,14 +118,18 @@ def test_a_window_as_long_as_the_context(vllm: StandIn, tiny_llama_dir: Path, ti
 
 
 def test_what_vllm_cannot_do_is_refused_before_it_starts(
-    vllm: StandIn, tiny_llama_dir: Path, qwen2_checkpoint: Path, tiny_text_file: Path, tmp_path: Path
+    vllm: StandIn,
+    tiny_llama_dir: Path,
+    fully_rotated_checkpoint: Path,
+    tiny_text_file: Path,
+    tmp_path: Path,
 ) -> None:
     task = ("--tasks", f"text:{tiny_text_file}")
     gguf = tmp_path / "x.gguf"
     gguf.write_bytes(b"GGUF")
     for words, message in (
         ((tiny_llama_dir, tiny_llama_dir, "--tasks", "kl"), "cannot measure kl: it compares probabilities"),
-        ((qwen2_checkpoint, *task, "-t", 2), "rotation.shards=2"),
+        ((fully_rotated_checkpoint, *task, "-t", 2), "rotation.shards=2"),
         ((gguf, *task), "is a GGUF file"),
         ((tmp_path / "none", *task), "There is no model folder"),
         ((tiny_llama_dir, *task, "--device", "cpu"), "--device has no effect with --engine vllm"),

@@ -21,7 +21,7 @@ from .linear_scheme import LinearScheme
 from .problem import Problem
 from .shapes import LinearShape
 
-__all__ = ["CONTENDERS", "Call", "Contender", "contenders_for"]
+__all__ = ["CONTENDERS", "Call", "Contender", "contenders_for", "quantize"]
 
 _LARGEST_SMOOTHING_GROUP = 128
 
@@ -49,7 +49,7 @@ class Contender:
     turn: str | None = None
     """Neighbours of the same turn are timed alternately, for small differences."""
     only_rotated: bool = False
-    """Whether it exists only where the input is rotated."""
+    """Whether it exists only where the input is rotated as a whole."""
     only_grouped: bool = False
     """Whether it exists only where groups of activations have multipliers."""
 
@@ -64,10 +64,19 @@ def _rotation(problem: Problem) -> dict[str, object]:
     return {"base": problem.base, "hadamard_block": problem.shape.in_features}
 
 
-def _quantize(problem: Problem, *, smoothed: bool = True, rotated: bool = True) -> tuple[Tensor, Tensor]:
+def quantize(problem: Problem, *, smoothed: bool = True, rotated: bool = True) -> tuple[Tensor, Tensor]:
+    """The int8 operand and the scales of a problem's activations, as its scheme says.
+
+    Args:
+        problem: with the activations.
+        smoothed: whether groups have multipliers.
+        rotated: whether an input that is rotated as a whole is; blocks always are.
+    """
     scheme = problem.scheme
-    rotation = _rotation(problem) if rotated else {}
     group_size = scheme.group_size if smoothed else None
+    if scheme.block is not None:
+        return kernels.quantize_signed(problem.x, scheme.bits, group_size, scheme.block)
+    rotation = _rotation(problem) if rotated else {}
     return kernels.quantize_tokens(problem.x, scheme.bits, group_size, scheme.clip, **rotation)  # type: ignore[arg-type]
 
 
@@ -85,25 +94,25 @@ def _product(problem: Problem, operand: Tensor, scale: Tensor) -> Tensor:
 
 
 def _ours_product(problem: Problem) -> Call:
-    operand, scale = _quantize(problem)
+    operand, scale = quantize(problem)
     return lambda: _product(problem, operand, scale)
 
 
 def _ours_unsmoothed(problem: Problem) -> Call:
-    operand, scale = _quantize(problem, smoothed=False)
+    operand, scale = quantize(problem, smoothed=False)
     return lambda: _product(problem, operand, scale)
 
 
 def _ours_linear(problem: Problem) -> Call:
-    return lambda: _product(problem, *_quantize(problem))
+    return lambda: _product(problem, *quantize(problem))
 
 
 def _ours_quantization(problem: Problem) -> Call:
-    return lambda: _quantize(problem, rotated=False)[0]
+    return lambda: quantize(problem, rotated=False)[0]
 
 
 def _ours_rotated_quantization(problem: Problem) -> Call:
-    return lambda: _quantize(problem)[0]
+    return lambda: quantize(problem)[0]
 
 
 def _quantize_smoothed(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +145,7 @@ def _weight(problem: Problem) -> Tensor:
 def _expected_product(smoothed: bool) -> Callable[[Problem], Tensor]:
     def expected(problem: Problem) -> Tensor:
         with kernels.use_kernels("eager"):
-            operand, scale = _quantize(problem, smoothed=smoothed)
+            operand, scale = quantize(problem, smoothed=smoothed)
         return (operand.double() * scale.double()[:, None]) @ _weight(problem).T
 
     return expected
@@ -145,7 +154,7 @@ def _expected_product(smoothed: bool) -> Callable[[Problem], Tensor]:
 def _expected_operand(rotated: bool) -> Callable[[Problem], Tensor]:
     def expected(problem: Problem) -> Tensor:
         with kernels.use_kernels("eager"):
-            return _quantize(problem, rotated=rotated)[0].double()
+            return quantize(problem, rotated=rotated)[0].double()
 
     return expected
 
@@ -251,7 +260,7 @@ CONTENDERS = {
         ),
         Contender(
             "quantize",
-            "smoothing and quantization alone",
+            "smoothing and quantization alone, with the rotation if it is in blocks",
             _ours_quantization,
             _expected_operand(False),
             0.0,
@@ -259,7 +268,7 @@ CONTENDERS = {
         ),
         Contender(
             "rotate-quantize",
-            "with the rotation",
+            "with the rotation of the whole input",
             _ours_rotated_quantization,
             _expected_operand(True),
             0.0,
@@ -296,6 +305,6 @@ def contenders_for(against: list[str], shape: LinearShape, scheme: LinearScheme)
     return [
         contender
         for contender in chosen
-        if (shape.rotated or not contender.only_rotated)
+        if ((shape.rotated and scheme.block is None) or not contender.only_rotated)
         and (scheme.group_size is not None or not contender.only_grouped)
     ]

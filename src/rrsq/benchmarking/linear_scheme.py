@@ -20,12 +20,15 @@ class LinearScheme:
         bits: of an activation, 4 or 8.
         group_size: channels that an integer multiplier of the activations covers; None: none has one.
         clip: fraction of the largest magnitude that the largest code stands for.
+        block: channels that are rotated together while every input is quantized, to signed levels where it
+            has groups; None: levels are not signed, and what is rotated is rotated as a whole.
     """
 
     weight_group_size: int | None
     bits: int
     group_size: int | None
     clip: float
+    block: int | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> LinearScheme:
@@ -38,8 +41,6 @@ class LinearScheme:
         reason = None
         if recipe.weights.bits != 4 or activations.bits == 16:
             reason = "its activations stay in 16 bits"
-        elif activations.signed:
-            reason = "its activations have signed levels"
         elif smoothing is not None and smoothing.scales != "integer":
             reason = "its group scales are real numbers, which the row 'rrsq-float-scales' of others times"
         if reason is not None:
@@ -48,12 +49,15 @@ class LinearScheme:
                 " --whole, or a recipe such as rrs-w4a4kv4."
             )
         group_size = None if smoothing is None else smoothing.group_size
-        return cls(recipe.weights.group_size, activations.bits, group_size, activations.clip)
+        blocks = None if recipe.rotation is None else recipe.rotation.blocks
+        block = (blocks or 1) if activations.signed else blocks
+        return cls(recipe.weights.group_size, activations.bits, group_size, activations.clip, block)
 
     def for_channels(self, channels: int) -> LinearScheme:
         """The scheme with group sizes that divide a number of input channels."""
-        weight, own = (group_size_for(size, channels) for size in (self.weight_group_size, self.group_size))
-        return LinearScheme(weight, self.bits, own, self.clip)
+        sizes = self.weight_group_size, self.group_size, self.block
+        weight, own, block = (group_size_for(size, channels) for size in sizes)
+        return LinearScheme(weight, self.bits, own, self.clip, block)
 
     @property
     def weight_bits(self) -> float:
@@ -66,4 +70,7 @@ class LinearScheme:
             "one scale a row" if self.weight_group_size is None else f"groups of {self.weight_group_size}",
             "one scale a token" if self.group_size is None else f"groups of {self.group_size}",
         )
+        if self.block is not None:
+            signed = "" if self.group_size is None else "signed "
+            activations = f"{signed}{activations}, rotated in blocks of {self.block}"
         return f"4-bit weights ({weights}), {self.bits}-bit activations ({activations})"

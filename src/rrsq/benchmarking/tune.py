@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from rrsq import kernels
 from rrsq.errors import UsageError
 
+from .contenders import quantize
 from .linear_scheme import LinearScheme
 from .problem import Problem, make_problems
 from .shapes import LinearShape
@@ -77,9 +77,7 @@ def _best(problems: list[Problem], device: torch.device, plans: list[object]) ->
 
     inputs = []
     for problem in problems:
-        operand, scale = kernels.quantize_tokens(
-            problem.x, problem.scheme.bits, problem.scheme.group_size, problem.scheme.clip
-        )
+        operand, scale = quantize(problem, rotated=False)
         weight = problem.packed, problem.weight_scale, problem.multiplier, None
         inputs.append((operand, scale, *weight, torch.bfloat16))
     times = {}
