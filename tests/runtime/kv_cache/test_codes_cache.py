@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from rrsq.runtime.decoding import attach_decoder
+from rrsq.runtime.decoding import _Pool, attach_decoder
 from rrsq.runtime.kv_cache.layers import QuantizedCacheLayer
 from rrsq.runtime.kv_cache.quantizer import KVQuantizer
 from rrsq.runtime.kv_cache.static import CodesLayer, enough
@@ -28,7 +28,7 @@ EXACT_LINEARS = [
 
 @pytest.fixture(scope="module", params=["tiny_llama_dir", "tiny_qwen2_dir", "gemma3_text"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    recipe = recipe_of("rrs-w4a4kv4", EXACT_LINEARS)
+    recipe = recipe_of("rrs1-w4a4kv4", EXACT_LINEARS)
     if request.param == "gemma3_text":
         folder = tmp_path_factory.mktemp("gemma3")
         tiny_model("gemma3_text").save_pretrained(folder)
@@ -134,6 +134,7 @@ def test_growing_beyond_the_first_storage(model: Any, monkeypatch: pytest.Monkey
     tokens = random_tokens(3, 24)
     expected = step_by_step(model, tokens, 4, DynamicCache(config=model.config))
     monkeypatch.setattr("rrsq.runtime.decoding.enough", lambda tokens: tokens + 3)
+    monkeypatch.setattr(model.forward, "_pool", _Pool())
     cache = DynamicCache(config=model.config)
     assert_near(step_by_step(model, tokens, 4, cache), expected, 1e-5)
     assert cache.layers[0].storage.capacity < 30
