@@ -87,6 +87,7 @@ def quantize(
     from .devices import find_device
     from .quantizer.calibration.workers import joined_workers
     from .quantizer.needs import needs_calibration
+    from .quantizer.production.output_shards import parse_size
     from .quantizer.production.produce import (
         CalibrationText,
         OutputOptions,
@@ -95,7 +96,6 @@ def quantize(
         open_calibration,
         produce_checkpoint,
     )
-    from .quantizer.production.output_shards import parse_size
     from .runtime.format.loading import load_tokenizer
     from .storage import check_output
     from .work_folder import was_published

@@ -48,14 +48,15 @@ class Case:
         kind: what is mutated.
         name: which mutation of that kind.
         mutate: changes a copy of the checkpoint in place.
-        base: the checkpoint: ``one`` file, ``shards``, or with an ``order`` of channels.
+        base: the checkpoint: ``one`` file, ``shards``, with an ``order`` of channels, or of the ``first``
+            generation, which has a rotation of each kind and stores signs.
         expected: the outcome of each entry.
     """
 
     kind: str
     name: str
     mutate: Callable[[Path], Any]
-    base: Literal["one", "shards", "order"] = "one"
+    base: Literal["one", "shards", "order", "first"] = "one"
     expected: dict[str, Outcome] = field(default_factory=outcomes)
 
     @property

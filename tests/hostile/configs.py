@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hostile.case import Case, change_json, outcomes
 
@@ -146,7 +146,7 @@ def _fields() -> Iterator[Case]:
         )
 
 
-# Fields of the default recipe whose value matters to nobody who loads a checkpoint, or is not checked then.
+# Fields whose value matters to nobody who loads a checkpoint, or is not checked then.
 FIELDS = (
     "format_version",
     "key_bits",
@@ -202,7 +202,9 @@ def _quantization_fields() -> Iterator[Case]:
             if (path, str(value)) in valid:
                 continue
             expected = outcomes("either", inspect="shown")
-            yield Case("quantization-field", f"{path}={value}", put(path, value), expected=expected)
+            base: Literal["one", "first"] = "first" if path.startswith("rotation.") else "one"
+            change = put(path, value)
+            yield Case("quantization-field", f"{path}={value}", change, base=base, expected=expected)
     for version in (0, 3, HUGE, "1", None, [1], 1.5):
         yield Case("version", str(version), put("format_version", version))
     for path in (
@@ -254,6 +256,12 @@ def _rotations() -> Iterator[Case]:
             value = [plan] if name == "more_intermediate" and isinstance(plan, dict) else plan
             # ``inspect`` refuses what is no plan, and compares no sizes.
             expected = outcomes(inspect="shown" if which in ("2^24", "another") else "error")
-            yield Case("rotation", f"{name}-{which}", put(name, value), expected=expected)
+            yield Case("rotation", f"{name}-{which}", put(name, value), base="first", expected=expected)
     for name in ("residual", "head", "across_heads", "intermediate"):
-        yield Case("rotation", f"{name}-left-out", put(name, None), expected=outcomes(inspect="shown"))
+        expected = outcomes(inspect="shown")
+        yield Case("rotation", f"{name}-left-out", put(name, None), base="first", expected=expected)
+    # Blocks, which the default recipe has, and nothing else has.
+    for blocks in (None, 8, 64, 0, 3, "16", 16.5, True, [16]):
+        # JSON's true is taken for 1, which this checkpoint has not.
+        expected = outcomes(inspect="shown" if blocks in (None, 8, 64, True) else "error")
+        yield Case("rotation", f"blocks-{blocks!r}", put("blocks", blocks), expected=expected)

@@ -252,7 +252,7 @@ def _numbers() -> Iterator[Case]:
     for name in ("residual", "head"):
         for number in (0, 2, -2, 127, -128):
             edit = put(f"rotation_signs.{name}_signs", number)
-            yield Case("sign", f"{number}-{name}", edit, expected=seen_by_loading)
+            yield Case("sign", f"{number}-{name}", edit, base="first", expected=seen_by_loading)
     order = "model.layers.0.mlp.down_input.channel_order"
     for where, number in ((0, -1), (1, 96), (2, 2**31 - 1), (3, -(2**31)), (95, 50)):
         yield Case("order", str(number), put(order, number, where), base="order", expected=seen_by_loading)
