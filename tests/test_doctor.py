@@ -244,12 +244,17 @@ SLOW = {
 @pytest.mark.parametrize("name", SLOW)
 def test_inputs_of_public_models_that_run_eager_are_named(name: str, tmp_path: Path) -> None:
     path, why, make = SLOW[name]
-    found = examine_model(config_folder(tmp_path, make()), None, GPU)
+    model = config_folder(tmp_path, make())
+    found = examine_model(model, "rrs1-w4a4kv4", GPU)
     slow = {one.path: step for one in found.inputs for step in one.steps if step.backend == "eager"}
     assert list(slow) == [path]
     assert slow[path].operation == "quantize_tokens"
     assert slow[path].reasons == (why,)
     assert [one.layers for one in found.inputs] == [(0, 1)] * 4 + [()]
+    # Rotated in blocks, none of them does.
+    assert "eager" not in {
+        step.backend for one in examine_model(model, None, GPU).inputs for step in one.steps
+    }
 
 
 def test_each_recipe_names_its_operations(tmp_path: Path) -> None:
@@ -257,15 +262,17 @@ def test_each_recipe_names_its_operations(tmp_path: Path) -> None:
     model = config_folder(tmp_path, LlamaConfig(**sizes, **LLAMA))
     quantize, product = "triton quantize_tokens", "triton linear_int8"
     default = steps_of(model)
-    assert default["self_attn.qkv"] == default["mlp.down"] == (quantize, product)
+    assert default["self_attn.qkv"] == default["mlp.down"] == ("triton quantize_signed", product)
     assert default["lm_head"] == (None, "None library")
+    first = steps_of(model, "rrs1-w4a4kv4")
+    assert first["self_attn.qkv"] == first["mlp.down"] == (quantize, product)
     paper = steps_of(model, "rrs-paper-w4a4kv4")
     assert paper["self_attn.qkv"] == (quantize, product)
     assert paper["mlp.down"] == ("triton quantize_smoothed", "triton linear_group_scaled")
     weights = steps_of(model, "gptq-w4a16")
     assert weights["mlp.gate_up"] == (None, "triton linear_w4a16")
     assert set(steps_of(model, target=Target("cpu"))["mlp.down"]) == {
-        "eager quantize_tokens",
+        "eager quantize_signed",
         "eager linear_int8",
     }
 
@@ -317,7 +324,7 @@ def test_layers_that_differ_and_linears_that_stay(tmp_path: Path) -> None:
 def test_the_report_of_a_model_fits_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console.stdout, "_width", 80)
     model = config_folder(tmp_path, SLOW["Qwen2.5-72B"][2]())
-    result = rrsq_doctor(model)
+    result = rrsq_doctor(model, "--recipe", "rrs1-w4a4kv4")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
@@ -350,7 +357,7 @@ def test_errors_of_a_model(tmp_path: Path, tiny_llama_dir: Path, monkeypatch: py
     assert rrsq_doctor(str(tmp_path)).exit_code == 2
     monkeypatch.setattr("rrsq.kernels.operation._from_environment", lambda: "triton")
     model = config_folder(tmp_path / "slow", SLOW["Phi-3-mini"][2]())
-    result = rrsq_doctor(model)
+    result = rrsq_doctor(model, "--recipe", "rrs1-w4a4kv4")
     assert result.exit_code == 1
     assert "quantize_tokens, no kernel" in result.stdout
     assert "the backend triton was asked for" in result.stdout.replace("\n", " ")
