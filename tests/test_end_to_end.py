@@ -209,6 +209,6 @@ def test_layers_with_8_bit_keys_survive_the_round_trip(
 def test_other_combinations_round_trip_too(
     overrides: list[str], tiny_llama_dir: Path, tokens: Tensor, tmp_path: Path
 ) -> None:
-    quantized = quantize_tiny(tiny_llama_dir, recipe_of("rrs-w4a4kv4", overrides))
+    quantized = quantize_tiny(tiny_llama_dir, recipe_of("rrs1-w4a4kv4", overrides))
     model = rrsq.load(str(save_tiny(quantized, tiny_llama_dir, tmp_path / "out")))
     assert torch.equal(logits_of(model, tokens), logits_of(quantized.model, tokens))

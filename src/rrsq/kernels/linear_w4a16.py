@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -93,7 +94,13 @@ def _prepare(
     out_features, row_bytes = weight_packed.shape
     packed_words = supports_words(in_features, group_size_of(in_features, weight_multiplier))
     if tokens > MAXIMUM_TOKENS or not packed_words or x.dtype == torch.float32:
-        return lambda x: _dequantized_product(x, weight_packed, weight_scale, weight_multiplier, bias)
+        return functools.partial(
+            _dequantized_product,
+            weight_packed=weight_packed,
+            weight_scale=weight_scale,
+            weight_multiplier=weight_multiplier,
+            bias=bias,
+        )
     plan = float_gemm_plan(tokens, out_features, row_bytes)
 
     def run(x: Tensor) -> Tensor:

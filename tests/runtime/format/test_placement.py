@@ -56,7 +56,7 @@ def test_dispatched_to_the_disk(qwen2_checkpoint: Path, loaded: Any, tmp_path: P
     for module in model.model.layers[1].modules():  # Nothing of an offloaded weight is kept.
         if isinstance(module, PackedWeight):
             assert module._operand is None
-            assert not module._runs
+            assert not module._prepared
         elif isinstance(module, FusedLinears):
             assert module._joined is None
 
