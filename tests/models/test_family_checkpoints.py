@@ -46,6 +46,10 @@ def source(
     return folder
 
 
+LIKE_LLAMA = ("arcee", "exaone4", "granite", "seed_oss", "smollm3")
+THEIR_RECIPES = ("rrs-w4a4kv4", "rrs1-w4a4kv4", "gptq-w4a16")
+
+
 def produce(source: Path, recipe: Recipe, out: Path) -> QuantizationReport:
     """What ``rrsq quantize`` does, with random tokens: shards in, shards out, a layer at a time."""
     calibration = None
@@ -66,6 +70,8 @@ def produce(source: Path, recipe: Recipe, out: Path) -> QuantizationReport:
 
 @pytest.mark.parametrize("recipe_name", recipe_names())
 def test_every_recipe(name: str, recipe_name: str, source: Path, tmp_path: Path) -> None:
+    if name in LIKE_LLAMA and recipe_name not in THEIR_RECIPES:
+        pytest.skip("what this recipe does to a family of this structure, Llama and Qwen3 show")
     recipe = recipe_of(recipe_name)
     report = produce(source, recipe, tmp_path / "out")
     assert report.fallbacks == []

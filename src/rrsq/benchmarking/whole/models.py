@@ -126,10 +126,10 @@ def _make_up(path: Path, device: Any) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rrsq.runtime.assemble import settle
     from rrsq.runtime.format.format import parse_info
     from rrsq.runtime.format.integration import assemble_model
     from rrsq.runtime.format.json_files import read_config
+    from rrsq.runtime.ready import make_ready
 
     config = AutoConfig.from_pretrained(path)
     if hasattr(config, "quantization_config"):
@@ -141,5 +141,5 @@ def _make_up(path: Path, device: Any) -> Any:
             assemble_model(model, parse_info(section))
         model.to(device)
         fill(model)
-        settle(model)
+        make_ready(model)
     return model.eval()

@@ -20,12 +20,10 @@ from ..assemble import (
     key_rotary,
     quantize_head_module,
     quantize_input_modules,
-    settle,
     treated_inputs,
 )
-from ..decoding import attach_decoder
 from ..modules.norms import replace_final_norm, replace_layer_norms
-from ..norms import use_norm_kernels
+from ..ready import make_ready
 from ..scheme import treatment
 from .format import QUANT_METHOD, CheckpointInfo, parse_info
 from .json_files import read_config
@@ -78,9 +76,7 @@ class RRSQQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         check_values(model)
-        settle(model)
-        use_norm_kernels(model)
-        attach_decoder(model)
+        make_ready(model)
 
     def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> list[Any]:
         """None: a checkpoint holds tensors under the names that the model has, not those of the original."""
