@@ -17,16 +17,23 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 Make = Callable[..., Path]
+OF_THE_FIRST = ("scales: real", "inputs:", "rotation.shards")
 
 
 @pytest.fixture(scope="session")
 def make(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Quantizes a random model of a configuration by a recipe; the same call gives the same folder."""
+    """Quantizes a random model of a configuration by a recipe; the same call gives the same folder.
+
+    The recipe is the default, or, for options that it cannot have, that of the first generation.
+    """
     made: dict[Any, Path] = {}
 
     def checkpoint(
-        name: str, config: PretrainedConfig, overrides: Iterable[str] = (), recipe: str = "rrs-w4a4kv4"
+        name: str, config: PretrainedConfig, overrides: Iterable[str] = (), recipe: str | None = None
     ) -> Path:
+        if recipe is None:
+            first = any(option in text for option in OF_THE_FIRST for text in overrides)
+            recipe = "rrs1-w4a4kv4" if first else "rrs-w4a4kv4"
         key = name, recipe, tuple(overrides)
         if key not in made:
             chosen = recipe_of(recipe, overrides)

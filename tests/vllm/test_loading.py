@@ -130,7 +130,7 @@ def test_experts_as_wholes_are_refused(make: Make) -> None:
 
 def test_a_rotation_across_processes_is_refused(make: Make) -> None:
     with pytest.raises(UsageError, match=r"rotation\.shards=2"):
-        serve(make("llama", llama()), 2)
+        serve(make("llama", llama(), recipe="rrs1-w4a4kv4"), 2)
 
 
 def parts(tensor: Tensor, ranks: int, dim: int) -> list[Tensor]:
