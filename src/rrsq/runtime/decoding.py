@@ -129,11 +129,15 @@ class Decoder:
         input_ids = kwargs.get("input_ids")
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         storage = None
-        if isinstance(tokens, Tensor) and not torch.is_grad_enabled():
+        if isinstance(tokens, Tensor) and not torch.is_grad_enabled() and not self._is_spread():
             storage = self._storage(cache, tokens)
         if storage is None or self._refused is not None or not self._is_step(cache, kwargs):
             return forward(self.model, **kwargs)
         return self._step(cache, storage, kwargs)
+
+    def _is_spread(self) -> bool:
+        """Whether the model's layers are on several devices: each keeps its tokens where it is then."""
+        return len(set(getattr(self.model, "hf_device_map", {}).values())) > 1
 
     def _storage(self, cache: Cache, tokens: Tensor) -> Storage | None:
         """The storage of a cache's layers, with room for the new tokens; None where they are no codes."""

@@ -152,6 +152,15 @@ def test_a_storage_is_used_again_by_the_next_cache(model: Any) -> None:
     assert storage_of(1) != first
 
 
+def test_layers_on_several_devices_have_a_storage_each(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = random_tokens(2, 10)
+    expected = step_by_step(model, tokens, 6, DynamicCache(config=model.config))
+    monkeypatch.setattr(model, "hf_device_map", {"model": 0, "lm_head": 1}, raising=False)
+    cache = DynamicCache(config=model.config)
+    assert_near(step_by_step(model, tokens, 6, cache), expected, 1e-5)
+    assert len({id(layer.storage) for layer in cache.layers}) == len(cache.layers)
+
+
 def test_cropping_and_batches(model: Any) -> None:
     tokens = random_tokens(2, 20)
     cache = DynamicCache(config=model.config)
