@@ -166,7 +166,6 @@ class Cache:
             self.case.tokens,
             self.table,
             self.mask,
-            None,
             self.signs,
             self.offset,
             self.value_offset,

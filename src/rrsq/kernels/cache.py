@@ -29,6 +29,7 @@ __all__ = [
     "encode_cache",
     "offset_keys",
     "page_shapes",
+    "rope_of_offset",
     "rotated_halves",
     "turned",
 ]
@@ -311,3 +312,34 @@ def rotated_halves(low, high, signs, HALF: tl.constexpr, HEAD_DIM: tl.constexpr,
     new_high = _product(low, tl.load(corner + HALF, mask=square, other=0))
     new_high += _product(high, tl.load(corner + HALF * HEAD_DIM + HALF, mask=square, other=0))
     return new_low * norm, new_high * norm
+
+
+@triton.jit
+def rope_of_offset(
+    mean,
+    base,
+    frequencies,
+    rope_scale,
+    FIRST: tl.constexpr,
+    HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """The keys' offset at positions ``base`` (float64 ``[tokens]``), channels from ``FIRST`` on."""
+    channel = FIRST + tl.arange(0, PADDED)
+    inside = tl.arange(0, PADDED) < HALF
+    own = tl.load(mean + channel, mask=inside, other=0.0)
+    if PAIRS > 0:
+        second = (channel >= PAIRS) & (channel < 2 * PAIRS)
+        paired = inside & (channel < 2 * PAIRS)
+        pair = tl.where(second, channel - PAIRS, channel)
+        other = tl.load(mean + tl.where(second, channel - PAIRS, channel + PAIRS), mask=paired, other=0.0)
+        other = tl.where(second, other, -other)
+        frequency = tl.load(frequencies + pair, mask=paired, other=0.0)
+        cos, sin = turned(base[:, None] * (frequency * 0.15915494309189535)[None, :])
+        of_base = (own[None, :] * cos + other[None, :] * sin) * rope_scale
+        result = tl.where(paired[None, :], of_base, own[None, :])
+    else:
+        result = own[None, :] + tl.zeros([base.shape[0], 1], tl.float32)
+    return result

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ._triton import ceil_div, next_power_of_two, tl, triton
-from .cache import encode_cache, offset_keys, rotated_halves, turned
+from .cache import encode_cache, offset_keys, rope_of_offset, rotated_halves
 from .operation import Constraints, operation
 
-__all__ = ["cache_append", "rope_of_offset"]
+__all__ = ["cache_append"]
 
 _TILE = 16
 _WARPS = 4
@@ -102,37 +102,6 @@ def cache_append(
         for into, part in zip(stored, new, strict=True):
             if into is not None and part is not None:
                 into[index[0], :, index[1]] = part.transpose(1, 2).flatten(0, 1)[kept]
-
-
-@triton.jit
-def rope_of_offset(
-    mean,
-    base,
-    frequencies,
-    rope_scale,
-    FIRST: tl.constexpr,
-    HALF: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAIRS: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """The keys' offset at positions ``base`` (float64 ``[tokens]``), channels from ``FIRST`` on."""
-    channel = FIRST + tl.arange(0, PADDED)
-    inside = tl.arange(0, PADDED) < HALF
-    own = tl.load(mean + channel, mask=inside, other=0.0)
-    if PAIRS > 0:
-        second = (channel >= PAIRS) & (channel < 2 * PAIRS)
-        paired = inside & (channel < 2 * PAIRS)
-        pair = tl.where(second, channel - PAIRS, channel)
-        other = tl.load(mean + tl.where(second, channel - PAIRS, channel + PAIRS), mask=paired, other=0.0)
-        other = tl.where(second, other, -other)
-        frequency = tl.load(frequencies + pair, mask=paired, other=0.0)
-        cos, sin = turned(base[:, None] * (frequency * 0.15915494309189535)[None, :])
-        of_base = (own[None, :] * cos + other[None, :] * sin) * rope_scale
-        result = tl.where(paired[None, :], of_base, own[None, :])
-    else:
-        result = own[None, :] + tl.zeros([base.shape[0], 1], tl.float32)
-    return result
 
 
 @triton.jit

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ._triton import ceil_div, next_power_of_two, processors, tl, triton
-from .cache import decode_cache, dequantized_halves, offset_keys, rotated_halves, turned
+from .cache import dequantized_halves, rotated_halves, turned
+from .cache_read import cache_read
 from .operation import Constraints, operation
 
 __all__ = ["QUERIES", "cache_attend"]
@@ -55,7 +56,6 @@ def cache_attend(
     added: int,
     block_table: Tensor | None,
     mask: Tensor | None,
-    dropped: Tensor | None,
     signs: Tensor | None,
     key_offset: Tensor | None,
     value_offset: Tensor | None,
@@ -76,9 +76,8 @@ def cache_attend(
             included.
         added: see ``lengths``.
         block_table: see :mod:`rrsq.kernels.cache`.
-        mask: bool ``[batch or 1, 1, tokens or 1, columns]``, false: not seen. Column ``n + dropped`` is that
-            of cached token ``n``; beyond the last column all is seen.
-        dropped: int32 ``[1]``, or None for 0.
+        mask: bool ``[batch or 1, 1, tokens or 1, columns]``, false: not seen. Column ``n`` is that of
+            cached token ``n``; beyond the last column all is seen.
         signs: int8 ``[head_dim, head_dim]`` of ±1, the Hadamard matrix of the keys, or None.
         key_offset, value_offset: float32 ``[kv_heads, head_dim]``, or None.
         frequencies, rope_scale: see :func:`~rrsq.kernels.cache.offset_keys`.
@@ -90,27 +89,29 @@ def cache_attend(
     Returns:
         ``[batch, tokens, heads, head_dim]`` in the dtype of ``query``; 0 for a token that sees nothing.
     """
-    batch, tokens, heads, head_dim = query.shape
+    batch, tokens, heads, _ = query.shape
     total = lengths.long().expand(batch) + added
     longest = int(total.max()) if batch else 0
-    pages = []
-    for codes, scale, minimum in (
-        (key_codes, key_scale, key_minimum),
-        (value_codes, value_scale, value_minimum),
-    ):
-        parts = [None if x is None else _gathered(x, block_table, longest) for x in (codes, scale, minimum)]
-        assert parts[0] is not None
-        assert parts[1] is not None
-        pages.append(decode_cache(parts[0], parts[1], parts[2], codes.shape[-1] * 8 // head_dim))
-    keys, values = pages
-    if signs is not None:
-        keys = keys @ (signs.float().t() * head_dim**-0.5)
     slots = torch.arange(longest, device=query.device)
-    if key_offset is not None:
-        positions = slots.unsqueeze(0) + (0 if shift is None else shift.unsqueeze(1))
-        keys = keys + offset_keys(key_offset, positions.expand(batch, -1), frequencies, rope_scale)
-    if value_offset is not None:
-        values = values + value_offset[None, :, None, :]
+    keys, values = cache_read.reference(
+        query.float().transpose(1, 2),
+        key_codes,
+        key_scale,
+        key_minimum,
+        value_codes,
+        value_scale,
+        value_minimum,
+        0,
+        longest,
+        block_table,
+        shift,
+        signs,
+        None,
+        key_offset,
+        value_offset,
+        frequencies,
+        rope_scale,
+    )
     shared = heads // keys.shape[1]
     keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
     logits = query.transpose(1, 2).float() @ keys.transpose(2, 3) * scaling
@@ -121,18 +122,10 @@ def cache_attend(
     if window:
         seen = seen & (slots > last - window)
     if mask is not None:
-        column = slots + (0 if dropped is None else dropped.long())
-        chosen = mask[..., column.clamp(max=mask.shape[-1] - 1)]
-        seen = seen & (chosen | (column >= mask.shape[-1]))
+        chosen = mask[..., slots.clamp(max=mask.shape[-1] - 1)]
+        seen = seen & (chosen | (slots >= mask.shape[-1]))
     weights = torch.softmax(logits.masked_fill(~seen, -torch.inf), -1).masked_fill(~seen.any(-1, True), 0)
     return (weights @ values).transpose(1, 2).to(query.dtype)
-
-
-def _gathered(x: Tensor, block_table: Tensor | None, longest: int) -> Tensor:
-    """``[batch, kv_heads, longest, ...]`` of pages."""
-    if block_table is not None:
-        x = x[block_table.long().clamp(min=0)].transpose(1, 2).flatten(2, 3)
-    return x[:, :, :longest]
 
 
 @triton.jit
@@ -147,7 +140,6 @@ def _attend_kernel(
     lengths,
     table,
     mask,
-    dropped,
     signs,
     key_offset,
     value_offset,
@@ -202,7 +194,6 @@ def _attend_kernel(
     SHIFTED: tl.constexpr,
     PAGED: tl.constexpr,
     MASKED: tl.constexpr,
-    DROPPED: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -280,9 +271,6 @@ def _attend_kernel(
     position = begin
     if SHIFTED:
         position += tl.load(shift + batch)
-    column = begin
-    if DROPPED:
-        column += tl.load(dropped)
 
     best = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
@@ -328,13 +316,9 @@ def _attend_kernel(
         if WINDOW:
             seen = seen & (key[None, :] > last[:, None] - window)
         if MASKED:
-            place_in_mask = column + key - begin
-            shown = valid & (place_in_mask < mask_columns)
+            shown = valid & (key < mask_columns)
             flags = tl.load(
-                mask
-                + batch * mask_stride_batch
-                + (token * mask_stride_token)[:, None]
-                + place_in_mask[None, :],
+                mask + batch * mask_stride_batch + (token * mask_stride_token)[:, None] + key[None, :],
                 mask=shown[None, :] & present[:, None],
                 other=1,
             )
@@ -444,7 +428,6 @@ def _launch(
     added: int,
     block_table: Tensor | None,
     mask: Tensor | None,
-    dropped: Tensor | None,
     signs: Tensor | None,
     key_offset: Tensor | None,
     value_offset: Tensor | None,
@@ -458,6 +441,8 @@ def _launch(
     batch, tokens, heads, head_dim = query.shape
     if query.stride(3) != 1:
         query = query.contiguous()
+    if mask is not None and mask.stride(3) != 1:
+        mask = mask.contiguous()
     output = torch.empty((batch, tokens, heads, head_dim), dtype=query.dtype, device=query.device)
     if output.numel() == 0:
         return output
@@ -485,7 +470,6 @@ def _launch(
         lengths,
         block_table,
         mask,
-        dropped,
         signs,
         key_offset,
         value_offset,
@@ -530,7 +514,6 @@ def _launch(
         SHIFTED=shift is not None,
         PAGED=block_table is not None,
         MASKED=mask is not None,
-        DROPPED=dropped is not None,
         WINDOW=window > 0,
         SOFTCAP=softcap > 0,
         WHOLE=whole,

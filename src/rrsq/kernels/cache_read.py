@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ._triton import ceil_div, next_power_of_two, tl, triton
-from .cache import decode_cache, dequantized_halves, offset_keys, rotated_halves
-from .cache_append import rope_of_offset
+from .cache import decode_cache, dequantized_halves, offset_keys, rope_of_offset, rotated_halves
 from .operation import Constraints, operation
 
 __all__ = ["cache_read"]

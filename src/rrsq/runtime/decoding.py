@@ -4,7 +4,10 @@ A decode step of an 8B model launches thousands of kernels that run for microsec
 takes ten times as long as they run. :class:`Decoder` stands in the place of a model's ``forward``. It gives a
 cache of codes a :class:`~.kv_cache.static.Storage` that stays where it is, and where a forward pass is a
 decode step on such a cache, it replays a graph of it. Everything else is the model's own forward pass:
-prompts, several new tokens, other caches, gradients, hidden states, ``torch.compile``.
+prompts, several new tokens, other caches, gradients, adapters, autocast, hidden states, ``torch.compile``.
+
+A graph knows nothing of what is changed later: hooks and modules that are not those of its capture are found
+when the next cache begins, and their graphs thrown away.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from ..kernels import forced_backend
 from .kv_cache.attention import use_attention
 from .kv_cache.quantizer import KVQuantizer
 from .kv_cache.static import CodesLayer, Storage, enough
@@ -38,8 +42,8 @@ _KNOWN = {
     "return_dict",
     "logits_to_keep",
 }
-_FREE = 2
-"""Storages that are kept for the next cache, with their graphs."""
+_FREE, _FREE_BYTES = 2, 2**30
+"""Storages that are kept for the next cache, with their graphs: how many, and bytes of all together."""
 
 
 def attach_decoder(model: Any) -> None:
@@ -84,7 +88,8 @@ class _Pool:
     def give_back(self, storage: Storage) -> None:
         with self._lock:
             self._free.append(storage)
-            del self._free[:-_FREE]
+            while len(self._free) > _FREE or sum(each.nbytes for each in self._free) > _FREE_BYTES:
+                del self._free[0]
 
 
 class Decoder:
@@ -153,9 +158,11 @@ class Decoder:
         shared = storage is not None and all(layer.storage is storage for layer in layers)
         if storage is not None and shared and storage.fits(batch, needed, device):
             return storage
-        capacity = max(needed, getattr(layers[0], "reserved", 0))
+        capacity = max(needed, layers[0].reserved)
         storage = self._pool.take(self.quantizers, batch, capacity, device)
-        storage.together = False
+        structure = self._structure()
+        if storage.structure != structure:
+            storage.structure, storage.graphs = structure, {}
         for index, layer in enumerate(layers):
             layer.attach(storage, index)
         lender = getattr(cache, "_rrsq_lender", None)
@@ -166,30 +173,37 @@ class Decoder:
 
     def _replace(self, layers: list[Any], device: torch.device) -> bool:
         """Put layers of codes in the place of a new cache's; False where that cannot be."""
+        reserved = max(getattr(layer, "max_cache_len", 0) for layer in layers)
         new: list[CodesLayer] = []
         for quantizer, layer in zip(self.quantizers, layers, strict=True):
-            codes = quantizer.reads_codes(device)
-            made = quantizer.quantized(layer, codes)
+            made = quantizer.quantized(layer, quantizer.reads_codes(device))
             if not isinstance(made, CodesLayer):
                 return False
-            made.reserved = getattr(layer, "max_cache_len", 0)
+            made.reserved = reserved
             new.append(made)
-        longest = max(layer.reserved for layer in new)
-        for layer in new:
-            layer.reserved = longest
         layers[:] = new
         return True
+
+    def _structure(self) -> tuple[Any, ...]:
+        """What the forward pass runs: its modules and their hooks."""
+        return tuple(
+            (id(module), len(module._forward_hooks), len(module._forward_pre_hooks))
+            for module in self.model.modules()
+        )
 
     def _is_step(self, cache: Cache, kwargs: dict[str, Any]) -> bool:
         """Whether a forward pass is one new token of each sequence and nothing else."""
         input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        seen = cache.layers[0].tokens
         return (
             isinstance(input_ids, Tensor)
             and input_ids.device.type == "cuda"
             and input_ids.shape[1] == 1
-            and cache.layers[0].tokens > 0
+            and seen > 0
             and not self.model.training
-            and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
+            and not hasattr(self.model, "peft_config")
+            and not torch.is_autocast_enabled("cuda")
+            and (mask is None or (isinstance(mask, Tensor) and mask.shape == (input_ids.shape[0], seen + 1)))
             and kwargs.get("use_cache") is not False
             and kwargs.get("return_dict") is not False
             and all(name in _KNOWN or not value for name, value in kwargs.items())
@@ -200,7 +214,7 @@ class Decoder:
         keep = kwargs.get("logits_to_keep") or 0
         if isinstance(keep, Tensor):
             return type(self.model).forward(self.model, **kwargs)
-        key = (mask is not None, keep)
+        key = (mask is not None, keep, forced_backend())
         constants = self.quantizers[0].constants(storage.device)
         found = storage.graphs.get(key)
         if isinstance(found, _Graph) and found.constants is not constants:
@@ -227,11 +241,7 @@ class Decoder:
         found.graph.replay()
         for layer in layers:
             layer.tokens += 1
-        fields = {
-            name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in found.outputs.items()
-        }
-        return type(found.outputs)(**{**fields, "past_key_values": cache})
+        return type(found.outputs)(logits=found.outputs.logits.clone(), past_key_values=cache)
 
     def _capture(self, cache: Cache, storage: Storage, kwargs: dict[str, Any]) -> _Graph | None:
         """A graph of a decode step; None, and no graphs from now on, where the model cannot be captured."""
@@ -267,10 +277,9 @@ class Decoder:
             storage.together = False
             for layer in layers:
                 layer.tokens = seen
-        kept = {
-            name: value
-            for name, value in outputs.items()
-            if name == "logits" or (value is not None and not isinstance(value, Cache))
-        }
+        kept = {name: value for name, value in outputs.items() if not isinstance(value, Cache)}
+        if set(kept) != {"logits"}:  # Hidden states, say, that the configuration asks for.
+            self._refused = f"the forward pass gives {', '.join(sorted(kept))}"
+            return None
         constants = self.quantizers[0].constants(storage.device)
         return _Graph(graph, input_ids, positions, mask, type(outputs)(**kept), constants)

@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 from rrsq.runtime.decoding import _Pool, attach_decoder
 from rrsq.runtime.kv_cache.layers import QuantizedCacheLayer
 from rrsq.runtime.kv_cache.quantizer import KVQuantizer
-from rrsq.runtime.kv_cache.static import CodesLayer, enough
+from rrsq.runtime.kv_cache.static import CodesLayer, Storage, enough
 from tiny_families import tiny_model
 from tiny_quantized import logits_of, quantize_tiny, random_tokens, recipe_of
 
@@ -150,6 +150,59 @@ def test_a_storage_is_used_again_by_the_next_cache(model: Any) -> None:
     first = storage_of(2)
     assert storage_of(2) == first
     assert storage_of(1) != first
+
+
+def test_no_more_storage_is_kept_than_is_cheap(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, device = _Pool(), torch.device("cpu")
+    quantizers = model.forward.quantizers
+    storages = [Storage(quantizers, 1, capacity, device) for capacity in (8, 16, 32)]
+    for storage in storages:
+        pool.give_back(storage)
+    assert pool.take(quantizers, 1, 8, device) is storages[1]
+    monkeypatch.setattr("rrsq.runtime.decoding._FREE_BYTES", storages[2].nbytes)
+    pool.give_back(storages[0])
+    assert pool.take(quantizers, 1, 8, device) is storages[0]
+    monkeypatch.setattr("rrsq.runtime.decoding._FREE_BYTES", storages[2].nbytes - 1)
+    pool.give_back(storages[2])
+    assert pool.take(quantizers, 1, 8, device) is not storages[2]
+
+
+def test_graphs_of_other_hooks_are_thrown_away(model: Any) -> None:
+    def graphs_of_a_cache() -> dict[Any, Any]:
+        cache = DynamicCache(config=model.config)
+        logits_of(model, random_tokens(4, 5), past_key_values=cache)
+        return cache.layers[0].storage.graphs
+
+    graphs_of_a_cache()["key"] = "a graph"
+    assert graphs_of_a_cache() == {"key": "a graph"}
+    hook = model.model.norm.register_forward_hook(lambda *_: None)
+    try:
+        assert graphs_of_a_cache() == {}
+    finally:
+        hook.remove()
+
+
+def test_a_mask_of_each_head_is_attended_with(model: Any) -> None:
+    tokens = random_tokens(1, 6)
+    heads = model.config.get_text_config().num_attention_heads
+    causal = torch.ones(6, 6, dtype=torch.bool).tril().expand(1, heads, 6, 6).clone()
+    plain = logits_of(model, tokens, attention_mask=causal, past_key_values=DynamicCache(config=model.config))
+    causal[:, -1, :, 0] = False
+    causal[:, -1, 0, 0] = True
+    masked = logits_of(
+        model, tokens, attention_mask=causal, past_key_values=DynamicCache(config=model.config)
+    )
+    assert_near(plain, logits_of(model, tokens, use_cache=False))
+    assert not torch.equal(masked, plain)
+
+
+def test_an_offloaded_cache_holds_what_can_be_offloaded(model: Any) -> None:
+    cache = DynamicCache(config=model.config)
+    cache.offloading = True
+    model.model.layers[0].self_attn.kv_quantizer._before_attention(
+        model.model.layers[0].self_attn, (torch.zeros(1, 1, 8),), {"past_key_values": cache}
+    )
+    assert isinstance(cache.layers[0], QuantizedCacheLayer)
 
 
 def test_layers_on_several_devices_have_a_storage_each(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

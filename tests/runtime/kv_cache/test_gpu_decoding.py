@@ -101,6 +101,27 @@ def test_results_of_earlier_steps_stay(model: Any) -> None:
     assert not torch.equal(outputs[3], outputs[4])
 
 
+def test_a_hook_that_is_added_later_runs(model: Any) -> None:
+    tokens = random_tokens(1, 20).cuda()
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    calls = []
+    hook = model.model.norm.register_forward_hook(lambda *_: calls.append(1) or None)
+    try:
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    finally:
+        hook.remove()
+    assert len(calls) >= 3  # The prompt, the step as it is, and the capture.
+
+
+def test_autocast_runs_as_it_is(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = random_tokens(1, 20).cuda()
+    count = replayed(model, monkeypatch)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        logits_by_steps(model, tokens, 15)
+    assert count[0] == 0
+
+
 def test_threads(model: Any) -> None:
     tokens = [random_tokens(1, 20, seed=i).cuda() for i in range(4)]
     options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}

@@ -192,7 +192,6 @@ class KVQuantizer(nn.Module):
             added,
             block_table,
             mask,
-            None,
             constants.key_signs,
             constants.key_offset,
             None if constants.value_signs is not None else constants.value_offset,
@@ -327,6 +326,7 @@ class KVQuantizer(nn.Module):
         cache = kwargs.get("past_key_values")
         hidden = args[0] if args else kwargs.get("hidden_states")
         codes = hidden is not None and not _trained(hidden) and self.reads_codes(hidden.device)
+        codes = codes and not getattr(cache, "offloading", False)
         if cache is None:
             return args, {**kwargs, "past_key_values": NoCache(self, positions, codes)}
         layer = self._cache_layer(cache, int(attention.layer_idx), codes)  # type: ignore[arg-type]

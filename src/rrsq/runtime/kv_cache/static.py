@@ -35,7 +35,7 @@ class Storage:
         used: int32 ``[layers]``, tokens stored before a forward pass.
         shift: int32 ``[batch]``, position of the first row of each sequence.
         together: ``used`` is raised for all layers at the end of a forward pass, not by each layer.
-        graphs: of a :class:`~rrsq.runtime.decoding.Decoder`.
+        graphs, structure: of a :class:`~rrsq.runtime.decoding.Decoder`.
     """
 
     def __init__(
@@ -48,6 +48,13 @@ class Storage:
             self.shift = torch.zeros(batch, dtype=torch.int32, device=device)
         self.together = False
         self.graphs: dict[Any, Any] = {}
+        self.structure: tuple[Any, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers' pages."""
+        tensors = (tensor for pages in self.pages for tensor in pages if tensor is not None)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def fits(self, batch: int, tokens: int, device: torch.device) -> bool:
         """Whether a cache of this batch and length can use it."""
@@ -278,7 +285,7 @@ class CachedTokens:
         """
         layer, storage = self.layer, self.layer.storage
         assert storage is not None
-        if self.new > QUERIES or (mask is not None and mask.dtype != torch.bool):
+        if self.new > QUERIES or (mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1)):
             return None
         added = self.new if storage.together else 0
         return layer.quantizer.attend(
