@@ -238,7 +238,12 @@ def quantize(
             print_note(f"Next: rrsq eval {model} {output}")
         else:
             evaluate_and_print(
-                [model, str(output)], tasks, limit=limit, device=device.value, data_root=data_root
+                [model, str(output)],
+                tasks,
+                limit=limit,
+                bos=bos.value,
+                device=device.value,
+                data_root=data_root,
             )
         if push_to_hub is not None:
             _push(output, push_to_hub, private=private)
