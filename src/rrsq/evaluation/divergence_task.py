@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rrsq.errors import UsageError
 from rrsq.evaluation.results import Metric, TaskResult
 from rrsq.evaluation.tasks import Task, TaskOptions, register_task
-from rrsq.evaluation.text_windows import TextWindows
+from rrsq.evaluation.text_windows import TextTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,34 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["TextDivergence"]
 
 
-@dataclass
-class TextDivergence:
+class TextDivergence(TextTask):
     """KL divergence and top-1 agreement with a reference model over the consecutive windows of one text."""
 
-    name: str
-    source: str
-    needs_reference: bool = True
-    _text: TextWindows = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._text = TextWindows(self.source)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The one name it was asked for by."""
-        return (self.name,)
-
-    def prepare(self, options: TaskOptions) -> None:
-        """Load the documents; see :meth:`TextWindows.prepare`."""
-        self._text.prepare(options)
-
-    def data_keys(self) -> dict[str, str]:
-        """A digest of the documents."""
-        return {self.name: self._text.data_key()}
-
-    def select(self, names: Sequence[str]) -> TextDivergence:
-        """The task itself: it has one name."""
-        return self
+    needs_reference = True
 
     def run(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions
@@ -66,7 +41,7 @@ class TextDivergence:
                 f"Task '{self.name}' needs two models of one vocabulary; the reference's has {sizes[0]} "
                 f"entries and the model's {sizes[1]}."
             )
-        windows, convention = self._text.windows(model, tokenizer, options)
+        windows, convention = self.windows(model, tokenizer, options)
         report = options.on_progress
 
         def on_progress(done: int, total: int, so_far: float) -> None:

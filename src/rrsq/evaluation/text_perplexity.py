@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rrsq.evaluation.results import Metric, TaskResult
 from rrsq.evaluation.tasks import Task, TaskOptions, register_task
-from rrsq.evaluation.text_windows import TextWindows
+from rrsq.evaluation.text_windows import TextTask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,34 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["TextPerplexity"]
 
 
-@dataclass
-class TextPerplexity:
+class TextPerplexity(TextTask):
     """Perplexity over the consecutive windows of one text."""
-
-    name: str
-    source: str
-    needs_reference: bool = False
-    _text: TextWindows = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._text = TextWindows(self.source)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The one name it was asked for by."""
-        return (self.name,)
-
-    def prepare(self, options: TaskOptions) -> None:
-        """Load the documents; see :meth:`TextWindows.prepare`."""
-        self._text.prepare(options)
-
-    def data_keys(self) -> dict[str, str]:
-        """A digest of the documents."""
-        return {self.name: self._text.data_key()}
-
-    def select(self, names: Sequence[str]) -> TextPerplexity:
-        """The task itself: it has one name."""
-        return self
 
     def run(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions
@@ -55,7 +28,7 @@ class TextPerplexity:
         """Measure the perplexity. Raises :class:`UsageError` if a window exceeds the model's context."""
         from rrsq.evaluation.perplexity import perplexity
 
-        windows, convention = self._text.windows(model, tokenizer, options)
+        windows, convention = self.windows(model, tokenizer, options)
         batch_size = options.batch_size or 1
         result = perplexity(model, windows, batch_size=batch_size, on_progress=_progress(options))
         return self._measured(result, windows, convention)
@@ -67,7 +40,7 @@ class TextPerplexity:
         from rrsq.evaluation.perplexity import perplexity_by
         from rrsq.runtime.format.loading import check_token_range
 
-        windows, convention = self._text.windows(model, tokenizer, options)
+        windows, convention = self.windows(model, tokenizer, options)
         engine = model.engine(options.sequence_length + 1)
         check_token_range(windows, engine.vocabulary)
         result = perplexity_by(engine.log_probabilities, windows, on_progress=_progress(options))

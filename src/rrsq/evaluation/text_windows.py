@@ -1,9 +1,11 @@
-"""The text of a task, cut into consecutive windows for a model."""
+"""Tasks over a text, cut into consecutive windows for a model."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
 from rrsq.errors import UsageError
 from rrsq.quantizer.calibration.text import load_documents
@@ -11,23 +13,36 @@ from rrsq.quantizer.calibration.text import load_documents
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Self
 
     from rrsq.evaluation.served import ServedModel
     from rrsq.evaluation.tasks import TaskOptions
 
-__all__ = ["TextWindows"]
+__all__ = ["TextTask"]
 
 
-class TextWindows:
-    """The test split of a data set, or a file.
+@dataclass
+class TextTask:
+    """A task over the consecutive windows of one text: the test split of a data set, or a file.
 
     Args:
+        name: that it was asked for by.
         source: as :func:`load_documents` takes it.
     """
 
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self._documents: list[str] = []
+    name: str
+    source: str
+    needs_reference: ClassVar[bool] = False
+    _documents: list[str] = field(init=False, repr=False, default_factory=list)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The one name it was asked for by."""
+        return (self.name,)
+
+    def select(self, names: Sequence[str]) -> Self:
+        """The task itself: it has one name."""
+        return self
 
     def prepare(self, options: TaskOptions) -> None:
         """Load the documents. Raises :class:`~rrsq.errors.DataError` as :func:`load_documents` does."""
@@ -35,13 +50,13 @@ class TextWindows:
             raise UsageError(f"--sequence-length must be at least 2, not {options.sequence_length}.")
         self._documents = load_documents(self.source, split="test", data_root=options.data_root)
 
-    def data_key(self) -> str:
+    def data_keys(self) -> dict[str, str]:
         """SHA-256 (hex) of the documents and their boundaries."""
         digest = hashlib.sha256()
         for document in self._documents:
             encoded = document.encode()
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
-        return digest.hexdigest()
+        return {self.name: digest.hexdigest()}
 
     def windows(
         self,
