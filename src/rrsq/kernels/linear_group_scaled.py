@@ -2,12 +2,14 @@
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ._triton import ceil_div, tl, triton
 from .linear_int8 import FLOATING, int8_matmul
-from .operation import Constraints, operation
+from .operation import FEW_TOKENS, Constraints, operation
 from .packing import unpack, weight_operand, weight_sizes
 
 __all__ = ["linear_group_scaled"]
@@ -163,32 +165,60 @@ def _launch(
     weight_multiplier: Tensor | None,
     unpacked: Tensor | None,
 ) -> Tensor:
-    tokens, in_features = codes.shape
-    out_features = weight_packed.shape[0]
-    out = torch.empty(tokens, out_features, dtype=out_dtype, device=codes.device)
-    if tokens == 0:
-        return out
-    weight = unpack(weight_packed, weight_multiplier) if unpacked is None else unpacked
+    if codes.shape[0] == 0:
+        return torch.empty((0, weight_packed.shape[0]), dtype=out_dtype, device=codes.device)
+    weight = weight_packed, weight_scale, bias, out_dtype, weight_multiplier, unpacked
+    return _prepare(codes, scale, group_scale, tokens_per_set, *weight)(codes, scale, group_scale)
+
+
+def _prepare(
+    codes: Tensor,
+    scale: Tensor,
+    group_scale: Tensor,
+    tokens_per_set: int,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    weight_multiplier: Tensor | None,
+    unpacked: Tensor | None,
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """See :meth:`~rrsq.kernels.operation.Operation.prepare`."""
+    (tokens, in_features), device = codes.shape, codes.device
+    out_features, group_size = weight_packed.shape[0], in_features // group_scale.shape[1]
+    # Tiles hold for a size class of tokens.
     block_tokens, block_out, warps = (
-        (128, 128, 8) if tokens > 64 else (64, 64, 4) if tokens > 16 else (16, 64, 4)
+        (128, 128, 8) if tokens > FEW_TOKENS else (64, 64, 4) if tokens > 16 else (16, 64, 4)
     )
-    _group_scaled_kernel[(ceil_div(tokens, block_tokens), ceil_div(out_features, block_out))](
-        codes.contiguous(),
-        scale,
-        group_scale.contiguous(),
-        weight,
-        weight_scale,
-        weight_scale if bias is None else bias,
-        out,
-        tokens,
-        tokens_per_set,
-        out_features,
-        in_features,
-        HAS_BIAS=bias is not None,
-        GROUP=in_features // group_scale.shape[1],
-        BLOCK_TOKENS=block_tokens,
-        BLOCK_OUT=block_out,
-        num_warps=warps,
-        num_stages=3,
-    )
-    return out
+    tiles_out = ceil_div(out_features, block_out)
+    biases, has_bias = (weight_scale, False) if bias is None else (bias, True)
+
+    def run(codes: Tensor, scale: Tensor, group_scale: Tensor) -> Tensor:
+        tokens = codes.shape[0]
+        out = torch.empty((tokens, out_features), dtype=out_dtype, device=device)
+        weight = unpack(weight_packed, weight_multiplier) if unpacked is None else unpacked
+        _group_scaled_kernel[(ceil_div(tokens, block_tokens), tiles_out)](
+            codes.contiguous(),
+            scale,
+            group_scale.contiguous(),
+            weight,
+            weight_scale,
+            biases,
+            out,
+            tokens,
+            tokens_per_set,
+            out_features,
+            in_features,
+            HAS_BIAS=has_bias,
+            GROUP=group_size,
+            BLOCK_TOKENS=block_tokens,
+            BLOCK_OUT=block_out,
+            num_warps=warps,
+            num_stages=3,
+        )
+        return out
+
+    return run
+
+
+_launch.prepare = _prepare  # type: ignore[attr-defined]

@@ -159,15 +159,30 @@ def _prepare(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     unpacked: Tensor | None,
-) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """See :meth:`~rrsq.kernels.operation.Operation.prepare`; None where the plan may be another next time."""
-    if operand.shape[0] > FEW_TOKENS:
-        return None
-    plan = _plan_for(operand, weight_packed, weight_multiplier)
-    prepare = _PREPARED.get(type(plan))
-    if prepare is None:
-        return None
-    return prepare(plan, weight_packed, weight_scale, weight_multiplier, bias, out_dtype)
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """See :meth:`~rrsq.kernels.operation.Operation.prepare`."""
+    product = weight_packed, weight_scale, weight_multiplier, bias, out_dtype
+    if operand.shape[0] <= FEW_TOKENS:
+        plan = _plan_for(operand, weight_packed, weight_multiplier)
+        if not isinstance(plan, TwoPassPlan):
+            return _PREPARED[type(plan)](plan, *product)
+    (out_features, in_features), device = (weight_packed.shape[0], operand.shape[1]), operand.device
+    packed_words = supports_words(in_features, group_size_of(in_features, weight_multiplier))
+    prepared: dict[Plan, Callable[..., Tensor]] = {}
+
+    def run(operand: Tensor, scale: Tensor) -> Tensor:
+        tokens = operand.shape[0]
+        plan = plan_for(tokens, out_features, in_features, packed_words, device)
+        if isinstance(plan, TwoPassPlan):
+            out = torch.empty((tokens, out_features), dtype=out_dtype, device=device)
+            weight = unpack(weight_packed, weight_multiplier) if unpacked is None else unpacked
+            return _int8_gemm(plan, operand.contiguous(), scale, weight, weight_scale, bias, out)
+        multiply = prepared.get(plan)
+        if multiply is None:
+            multiply = prepared[plan] = _PREPARED[type(plan)](plan, *product)
+        return multiply(operand, scale)
+
+    return run
 
 
 launch.prepare = _prepare  # type: ignore[attr-defined]

@@ -6,10 +6,12 @@ quantization and comes back inside the product (arXiv 2409.20361, sections 3 and
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ._triton import next_power_of_two, tl, triton
+from ._triton import ceil_div, next_power_of_two, tl, triton
 from .codes import TINY, code_max, code_scale, largest_magnitude, round_to_code, scale_of
 from .operation import operation
 from .quantize_tokens import quantize_tokens
@@ -226,52 +228,84 @@ def _launch(
     hadamard_block: int,
     hadamard_inner: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A rotation is a pass of its own here."""
-    tokens, channels = x.shape
+    if x.shape[0] == 0:
+        codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        scale = torch.empty(0, dtype=torch.float32, device=x.device)
+        return codes, scale, scale.new_empty((0, x.shape[1] // group_size))
+    rotation = base, hadamard_block, hadamard_inner
+    return _prepare(x, bits, group_size, scope, statistic, clip, channel_order, *rotation)(x)
+
+
+def _prepare(
+    x: Tensor,
+    bits: int,
+    group_size: int,
+    scope: str,
+    statistic: str,
+    clip: float,
+    channel_order: Tensor | None,
+    base: Tensor | None,
+    hadamard_block: int,
+    hadamard_inner: int,
+) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """See :meth:`~rrsq.kernels.operation.Operation.prepare`; for any number of tokens but none.
+
+    A rotation is a pass of its own here.
+    """
+    channels, device = x.shape[1], x.device
     groups = channels // group_size
-    set_size = tokens_per_set(scope, tokens)
-    sets = -(-tokens // set_size)
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    group_scale = torch.full((sets, groups), TINY, dtype=torch.float32, device=x.device)
-    if tokens == 0:
-        return codes, scale, group_scale
-    x = x.contiguous()
-    if base is not None:
-        x = prepared_rotation(x, base, hadamard_block, hadamard_inner)(x)
-    order = x if channel_order is None else channel_order
     limit = code_max(bits)
+    code_factor = clip / limit
     padded_groups = next_power_of_two(groups)
     warps = min(max(padded_groups * group_size // 1024, 1), 16)
-    normalize = statistic == "token_normalized_max"
-    if scope != "token":
-        _statistic_kernel[(tokens,)](
+    ordered, normalize = channel_order is not None, statistic == "token_normalized_max"
+    by_token = scope == "token"
+    rotate = None if base is None else prepared_rotation(x, base, hadamard_block, hadamard_inner)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = x.contiguous() if rotate is None else rotate(x)
+        tokens = x.shape[0]
+        set_size = tokens_per_set(scope, tokens)
+        sets = ceil_div(tokens, set_size)
+        codes = torch.empty((tokens, channels), dtype=torch.int8, device=device)
+        scale = torch.empty(tokens, dtype=torch.float32, device=device)
+        order = x if channel_order is None else channel_order
+        if by_token:
+            group_scale = torch.empty((sets, groups), dtype=torch.float32, device=device)
+        else:
+            group_scale = torch.full((sets, groups), TINY, dtype=torch.float32, device=device)
+            _statistic_kernel[(tokens,)](
+                x,
+                order,
+                group_scale.view(torch.int32),
+                channels,
+                set_size,
+                HAS_ORDER=ordered,
+                NORMALIZE=normalize,
+                GROUP=group_size,
+                GROUPS=padded_groups,
+                num_warps=warps,
+            )
+        _quantize_kernel[(tokens,)](
             x,
             order,
-            group_scale.view(torch.int32),
+            codes,
+            scale,
+            group_scale,
             channels,
             set_size,
-            HAS_ORDER=channel_order is not None,
+            code_factor,
+            CODE_MAX=limit,
+            HAS_ORDER=ordered,
             NORMALIZE=normalize,
+            TOKEN_SCOPE=by_token,
             GROUP=group_size,
             GROUPS=padded_groups,
             num_warps=warps,
         )
-    _quantize_kernel[(tokens,)](
-        x,
-        order,
-        codes,
-        scale,
-        group_scale,
-        channels,
-        set_size,
-        clip / limit,
-        CODE_MAX=limit,
-        HAS_ORDER=channel_order is not None,
-        NORMALIZE=normalize,
-        TOKEN_SCOPE=scope == "token",
-        GROUP=group_size,
-        GROUPS=padded_groups,
-        num_warps=warps,
-    )
-    return codes, scale, group_scale
+        return codes, scale, group_scale
+
+    return run
+
+
+_launch.prepare = _prepare  # type: ignore[attr-defined]
