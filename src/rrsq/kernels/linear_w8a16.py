@@ -71,7 +71,7 @@ def _prepare(
     out_features = weight_int8.shape[0]
     weight_int8 = weight_int8.contiguous()
     if tokens > MAXIMUM_TOKENS or in_features % 16 or x.dtype == torch.float32:
-        return lambda x: _dequantized_product(x, weight_int8, weight_scale, bias)
+        return _prepare_dequantized(weight_int8, weight_scale, bias)
     plan = float_gemm_plan(tokens, out_features, in_features, bits=8)
 
     def run(x: Tensor) -> Tensor:
@@ -86,14 +86,20 @@ def _prepare(
 _launch.prepare = _prepare  # type: ignore[attr-defined]
 
 
-def _dequantized_product(x: Tensor, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def _prepare_dequantized(
+    weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Callable[[Tensor], Tensor]:
     """Blocks of rows dequantized once, and the library's product with each."""
-    parts = [
-        torch.nn.functional.linear(x, _dequantize(codes, scale, x.dtype))
-        for codes, scale in zip(weight_int8.split(_ROWS), weight_scale.split(_ROWS), strict=True)
-    ]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    return y if bias is None else y + bias.to(x.dtype)
+    blocks = tuple(zip(weight_int8.split(_ROWS), weight_scale.split(_ROWS), strict=True))
+
+    def run(x: Tensor) -> Tensor:
+        parts = []
+        for codes, scale in blocks:
+            parts.append(torch.nn.functional.linear(x, _dequantize(codes, scale, x.dtype)))
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return y if bias is None else y + bias.to(x.dtype)
+
+    return run
 
 
 @triton.jit

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,13 @@ def _sizes(x: Tensor, *_: object) -> tuple[tuple[str, int], ...]:
     return (("channels", x.shape[-1]),)
 
 
-@operation(fake=_fake, sizes=_sizes, dtypes=("x",), typical={"x": torch.bfloat16, "channels": 4096})
+@operation(
+    fake=_fake,
+    sizes=_sizes,
+    dtypes=("x",),
+    typical={"x": torch.bfloat16, "channels": 4096},
+    activations=2,
+)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, late: bool) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * (offset + weight)`` over the last dimension, in float32.
 
@@ -74,24 +82,40 @@ def _rms_norm_kernel(
     ),
 )
 def _launch(x: Tensor, weight: Tensor, eps: float, offset: float, late: bool) -> Tensor:
-    channels = x.shape[-1]
-    rows = x.reshape(-1, channels)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
+    return _prepare(x, weight, eps, offset, late)(x, weight)
+
+
+def _prepare(
+    x: Tensor, weight: Tensor, eps: float, offset: float, late: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """See :meth:`~rrsq.kernels.operation.Operation.prepare`; for any number of tokens."""
+    channels, device = x.shape[-1], x.device
     block = next_power_of_two(channels)
-    _rms_norm_kernel[(rows.shape[0],)](
-        rows,
-        weight,
-        y,
-        rows.stride(0),
-        channels,
-        eps,
-        offset,
-        LATE=late,
-        BLOCK=block,
-        num_warps=min(max(block // 512, 1), 16),
-    )
-    return y
+    warps = min(max(block // 512, 1), 16)
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        shape = x.shape
+        rows = x if x.ndim == 2 else x.reshape(-1, channels)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        y = torch.empty(shape, dtype=x.dtype, device=device)
+        tokens = rows.shape[0]
+        if tokens:
+            _rms_norm_kernel[(tokens,)](
+                rows,
+                weight,
+                y,
+                rows.stride(0),
+                channels,
+                eps,
+                offset,
+                LATE=late,
+                BLOCK=block,
+                num_warps=warps,
+            )
+        return y
+
+    return run
+
+
+_launch.prepare = _prepare  # type: ignore[attr-defined]

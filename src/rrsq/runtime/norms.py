@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from ..kernels import forced_backend
 from .modules.gradient import needs_gradient
 
 __all__ = ["NormForward", "use_norm_kernels"]
+
+_Run = Callable[[Tensor, Tensor], Tensor]
+_Runs = dict[tuple[torch.device, torch.dtype, str | None], _Run]
 
 _FORMULAS = ((0.0, False), (0.0, True), (1.0, True), (1.0, False))
 """Offset of the gain, and whether it is multiplied before rounding."""
@@ -30,18 +34,28 @@ class NormForward:
     def __init__(self, module: nn.Module, eps: float, offset: float, late: bool) -> None:
         self.module = module
         self.arguments = eps, offset, late
+        self._prepared: _Runs = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": {}}
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[..., channels]`` normalized."""
         backend = forced_backend()
         if (
-            ((x.is_cuda and backend != "eager") or backend == "triton")
+            (x.is_cuda if backend is None else backend == "triton")
             and not is_compiling()
             and not needs_gradient(x)
         ):
-            return kernels.rms_norm(x, self.module.weight, *self.arguments)  # type: ignore[arg-type]
+            run = self._prepared.get((x.device, x.dtype, backend)) or self._prepare(x)
+            return run(x, self.module.weight)  # type: ignore[arg-type]
         result: Tensor = type(self.module).forward(self.module, x)
         return result
+
+    def _prepare(self, x: Tensor) -> _Run:
+        run = kernels.rms_norm.prepare(x, self.module.weight, *self.arguments)
+        self._prepared[x.device, x.dtype, forced_backend()] = run
+        return run
 
 
 def use_norm_kernels(model: nn.Module) -> None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.compiler import is_compiling
 
 from ... import kernels
 from .gradient import StraightThrough, needs_gradient
+from .prepared import QuantizedWeight
 
 __all__ = ["Int8Linear"]
 
 _ROWS = 16384
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(QuantizedWeight):
     """``y = x Ŵᵀ + b`` from int8 codes with one scale a row.
 
     Args:
@@ -30,8 +31,8 @@ class Int8Linear(nn.Module):
         bias: ``[out]`` or None.
     """
 
+    codes = "weight_int8"
     weight_int8: Tensor
-    weight_scale: Tensor
     bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
@@ -49,12 +50,20 @@ class Int8Linear(nn.Module):
             scale = block.abs().amax(1).clamp_min(1e-12) / 127
             self.weight_int8[rows] = (block / scale.unsqueeze(1)).round().to(torch.int8)
             self.weight_scale[rows] = scale
+        self._forget()
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]`` in the dtype of ``x``."""
+        stays = not is_compiling() and self._stays()
         if needs_gradient(x):
             return StraightThrough.apply(x, self._multiply, self._input_gradient)
-        return self._multiply(x)
+        if not stays or not x.numel():
+            return self._multiply(x)
+        rows = x.reshape(-1, self.in_features)
+        return self._prepared.find(rows, self._prepare)(rows).view(*x.shape[:-1], self.out_features)
+
+    def _prepare(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        return kernels.linear_w8a16.prepare(rows, self.weight_int8, self.weight_scale, self.bias)
 
     def _multiply(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -70,14 +79,6 @@ class Int8Linear(nn.Module):
 
     def _blocks(self) -> list[slice]:
         return [slice(start, start + _ROWS) for start in range(0, self.out_features, _ROWS)]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Scales stay float32 whatever dtype the model is cast to.
-        scale = self.weight_scale
-        module = super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.weight_scale.device)
-        return module
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

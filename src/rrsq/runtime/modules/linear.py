@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ... import kernels
-from ...kernels.operation import FEW_TOKENS, forced_backend
 from .gradient import StraightThrough, needs_gradient
 from .input import InputQuantizer, PreparedLinear, Weight
+from .prepared import Prepared, QuantizedWeight
 
-__all__ = ["FusedLinears", "PackedWeight", "Prepared", "Projections", "QuantizedLinear"]
-
-_Kept = TypeVar("_Kept")
-
-
-class Prepared(dict[tuple[int, torch.dtype, str | None], _Kept]):
-    """What runs the tokens of a size class, by class, dtype and forced backend; so there are few."""
-
-    def find(self, rows: Tensor, make: Callable[[Tensor], _Kept]) -> _Kept:
-        """What runs rows ``[tokens, channels]`` like these; made where it is not there.
-
-        It is not kept while a CUDA graph is captured: the memory of its tensors would be the graph's.
-        """
-        tokens = rows.shape[0]
-        key = tokens if tokens <= FEW_TOKENS else FEW_TOKENS + 1, rows.dtype, forced_backend()
-        kept = self.get(key)
-        if kept is None:
-            kept = make(rows)
-            if not (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
-                self[key] = kept
-        return kept
+__all__ = ["FusedLinears", "PackedWeight", "Projections", "QuantizedLinear"]
 
 
-class PackedWeight(nn.Module):
+class PackedWeight(QuantizedWeight):
     """Packed INT4 codes with their scales, and the quantizer of what they multiply.
 
     The input quantizer may be shared with other linears and is owned by their parent, so it is no submodule
@@ -55,8 +34,8 @@ class PackedWeight(nn.Module):
         weight_multiplier: uint8 ``[..., out, in/group_size]`` in 1..15, or None.
     """
 
+    codes = "weight_packed"
     weight_packed: Tensor
-    weight_scale: Tensor
     weight_multiplier: Tensor | None
 
     def __init__(
@@ -72,27 +51,6 @@ class PackedWeight(nn.Module):
             multiplier = torch.ones(*leading, in_features // group_size, dtype=torch.uint8)
         self.register_buffer("weight_multiplier", multiplier)
         self._input = (input_quantizer,)
-        self._forget()
-
-    def _forget(self) -> None:
-        """What is derived from the weight is made anew."""
-        self._operand: Tensor | None = None
-        self._seen: weakref.ref[Tensor] | None = None
-        self._prepared_for: Tensor | None = None
-        self._prepared = Prepared[Any]()
-
-    def _stays(self) -> bool:
-        """Whether the weight was there at the last call: another may be gone at the next (offloading)."""
-        packed = self._buffers["weight_packed"]
-        if self._prepared_for is packed:
-            return True
-        known = self._seen is not None and self._seen() is packed
-        if known:
-            self._prepared_for, self._prepared = packed, Prepared()
-        else:
-            self._forget()
-            self._seen = weakref.ref(self.weight_packed)
-        return known
 
     @property
     def input_quantizer(self) -> InputQuantizer:
@@ -140,25 +98,13 @@ class PackedWeight(nn.Module):
             self._operand = self._unpacked()
         return self._operand
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy makes its own unpacked weight, and does not carry the tensor that its linears share.
-        buffers = {name: None if x is None else x.clone() for name, x in self._buffers.items()}
-        forgotten = {"_operand": None, "_seen": None, "_prepared_for": None, "_prepared": Prepared[Any]()}
-        return {**self.__dict__, **forgotten, "_buffers": buffers}
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Scales stay float32 whatever dtype the model is cast to; an unpacked copy belongs to the old device.
-        self._forget()
-        scale = self.weight_scale
         module = super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.weight_scale.device)
         if self.input_quantizer.rotation is not None:
             self.input_quantizer.rotation.follow(self.weight_packed.device)
         return module
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
         self.weight_packed = self.weight_packed.detach()  # Another object: see FusedLinears.
 
@@ -306,7 +252,7 @@ class FusedLinears(nn.Module):
             prepare = self._linears[0].input_quantizer.prepare_linear
             quantize, multiply = self._prepared.find(rows, lambda rows: prepare(rows, weight))
             y = multiply(*quantize(rows)).view(*x.shape[:-1], -1)
-        return Projections(x, y.split(self._rows, dim=-1))
+        return Projections(x, y.split_with_sizes(self._rows, -1))
 
     def _multiply(self, x: Tensor, weight: Weight) -> Tensor:
         y = self._linears[0].input_quantizer(x).multiply(weight, x.dtype)

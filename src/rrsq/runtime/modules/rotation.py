@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ... import kernels
 from ...models import LinearInput
 from ..rotation.hadamard import HadamardPlan, base_matrix
 from ..rotation.rotations import Rotations
+from .prepared import Prepared
 
 __all__ = ["OnlineHadamard", "RotatedLinear", "online_rotation", "rotated_input"]
 
@@ -37,11 +39,15 @@ class OnlineHadamard(nn.Module):
         self.plan = plan
         self.inner = inner
         self._base = _shared_base(plan, torch.device("cpu"))
+        self._prepared = Prepared[Callable[[Tensor], Tensor]]()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": Prepared[Any]()}
 
     def base(self, device: torch.device) -> Tensor:
         """The dense ±1 base ``[k, k]`` in float32 on ``device``."""
         if self._base.device != device:
-            self._base = _shared_base(self.plan, device)
+            self._base, self._prepared = _shared_base(self.plan, device), Prepared()
         return self._base
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -55,7 +61,14 @@ class OnlineHadamard(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ R`` for ``x`` ``[..., size * inner]``; float32 for lower precisions."""
-        return self._transform(x, self.base(x.device))
+        base = self.base(x.device)
+        if is_compiling() or not x.numel():
+            return self._transform(x, base)
+        rows = x.reshape(-1, x.shape[-1])
+        return self._prepared.find(rows, self._prepare)(rows).view(x.shape)
+
+    def _prepare(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        return kernels.hadamard_transform.prepare(rows, self._base, self.plan.block, self.inner)
 
     def inverse(self, x: Tensor) -> Tensor:
         """``x @ Rᵀ``: undoes :meth:`forward`."""
