@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._triton import ceil_div, next_power_of_two, tl, triton
 from .cache import decode_cache, dequantized_halves, offset_keys, rope_of_offset, rotated_halves
@@ -206,6 +207,26 @@ def _read_kernel(
         tl.store(values + place + HALF, high.to(values.dtype.element_ty), mask=present)
 
 
+_transposes = WeakTensorKeyDictionary()
+
+
+def _transposed(signs: Tensor) -> Tensor:
+    """``signs.t()``, kept for as long as ``signs`` lives, which must not be changed in place.
+
+    Not where a CUDA graph is captured: its memory would be the graph's.
+    """
+    known: Tensor | None = _transposes.get(signs)
+    if known is None:
+        known = signs.t().contiguous()
+        if signs.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return known
+            # Other streams may use it from now on.
+            torch.cuda.current_stream(signs.device).synchronize()
+        _transposes[signs] = known
+    return known
+
+
 @cache_read.kernel(
     "triton",
     Constraints.on_gpu(
@@ -249,8 +270,8 @@ def _launch(
         value_minimum,
         block_table,
         shift,
-        None if key_signs is None else key_signs.t().contiguous(),
-        None if value_signs is None else value_signs.t().contiguous(),
+        None if key_signs is None else _transposed(key_signs),
+        None if value_signs is None else _transposed(value_signs),
         key_offset,
         value_offset,
         frequencies,

@@ -48,11 +48,15 @@ def _attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if isinstance(key, CachedTokens):
-        window = key.layer.sliding_window or 0
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = key.attend(query, attention_mask, scale, kwargs.get("softcap") or 0.0, window)
-        if out is not None:
+        layer, quantizer = key.layer, key.layer.quantizer
+        if key.decodes(attention_mask):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            softcap, window = kwargs.get("softcap") or 0.0, layer.sliding_window or 0
+            queries, shift = query.transpose(1, 2), layer.shift
+            out = quantizer.attend(
+                layer.pages, queries, layer.used, key.added, attention_mask, shift, scale, softcap, window
+            )
             return out, None
-        key, value = key.read()
+        key, value = quantizer.read(layer.pages, query, 0, layer.tokens, layer.shift)
     assert isinstance(value, Tensor)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from ..modules.gradient import needs_gradient
 from .gradient import straight_through
 
 if TYPE_CHECKING:
@@ -187,8 +188,13 @@ class NoCache:
         self.positions = positions
         self.codes = codes
 
-    @straight_through
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.codes and not needs_gradient(keys) and not needs_gradient(values):
+            return self.quantizer.round_trip(keys, values, self.positions)
+        return self._update(keys, values)
+
+    @straight_through
+    def _update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.codes:
             return self.quantizer.round_trip(keys, values, self.positions)
         positions = token_positions(self.positions, keys, 0)

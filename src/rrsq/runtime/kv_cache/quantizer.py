@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -28,6 +29,7 @@ from transformers.cache_utils import (
 from ... import kernels
 from ...kernels import CachePages, forced_backend
 from ...kernels.cache import decode_cache, encode_cache, page_shapes
+from ...kernels.operation import Operation
 from ..modules.gradient import needs_gradient
 from ..modules.linear import Projections
 from ..rotation.hadamard import orthonormal, plan_hadamard
@@ -156,6 +158,7 @@ class KVQuantizer(nn.Module):
         self.values = CacheTensorQuantizer(values, kv_heads, head_dim)
         self.rotary = rotary
         self._constants: dict[torch.device, _Constants] = {}
+        self._chosen: dict[Any, Callable[..., Any]] = {}
         self._config: Any = None
 
     def pages(self, batch: int, capacity: int, device: torch.device) -> CachePages:
@@ -168,7 +171,8 @@ class KVQuantizer(nn.Module):
         self, pages: CachePages, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor | None
     ) -> None:
         """Store new tokens; see :func:`rrsq.kernels.cache_append`."""
-        kernels.cache_append(keys, values, *pages, slots, positions, *self.constants(keys.device))
+        append = self._choose(kernels.cache_append, "keys", keys)
+        append(keys, values, *pages, slots, positions, *self.constants(keys.device))
 
     def attend(
         self,
@@ -185,7 +189,8 @@ class KVQuantizer(nn.Module):
     ) -> Tensor:
         """Attention from codes; see :func:`rrsq.kernels.cache_attend`."""
         constants = self.constants(query.device)
-        out = kernels.cache_attend(
+        attend = self._choose(kernels.cache_attend, "query", query, query.shape[1])
+        out = attend(
             query,
             *pages,
             lengths,
@@ -220,7 +225,8 @@ class KVQuantizer(nn.Module):
         block_table: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens; see :func:`rrsq.kernels.cache_read`."""
-        return kernels.cache_read(like, *pages, begin, end, block_table, shift, *self.constants(like.device))
+        read = self._choose(kernels.cache_read, "like", like)
+        return read(like, *pages, begin, end, block_table, shift, *self.constants(like.device))
 
     def round_trip(self, keys: Tensor, values: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """What a cache that is empty before would give back of all its tokens."""
@@ -229,9 +235,29 @@ class KVQuantizer(nn.Module):
         shift = None
         if position_ids is not None:
             shift = (position_ids[:, -1].expand(batch) - (tokens - 1)).to(torch.int32)
-        slots = torch.zeros(1, dtype=torch.int32, device=keys.device)
-        self.append(pages, keys, values, slots, shift)
-        return self.read(pages, keys, 0, tokens, shift)
+        slots, constants = torch.zeros(1, dtype=torch.int32, device=keys.device), self.constants(keys.device)
+        append = self._choose(kernels.cache_append, "keys", keys)
+        append(keys, values, *pages, slots, shift, *constants)
+        read = self._choose(kernels.cache_read, "like", keys)
+        return read(keys, *pages, 0, tokens, None, shift, *constants)
+
+    def _choose(
+        self, operation: Operation[..., Any], name: str, x: Tensor, tokens: int | None = None
+    ) -> Callable[..., Any]:
+        """The implementation for tensors like ``x``, the argument ``name``; chosen once.
+
+        ``tokens``: how many are new to a sequence, where the choice depends on it.
+        """
+        if is_compiling() or type(x) is not Tensor:  # What is traced chooses when it runs.
+            return operation
+        key = operation.name, x.device, x.dtype, tokens, forced_backend()
+        found = self._chosen.get(key)
+        if found is None:
+            facts: dict[str, Any] = {name: x.dtype, "head_dim": self.keys.head_dim}
+            if tokens is not None:
+                facts["tokens"] = tokens
+            found = self._chosen[key] = operation.bind(x.device, **facts)
+        return found
 
     def constants(self, device: torch.device) -> _Constants:
         """What the kernels need on a device, made at the first call."""
@@ -260,7 +286,7 @@ class KVQuantizer(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_constants": {}}
+        return {**self.__dict__, "_constants": {}, "_chosen": {}}
 
     def reads_codes(self, device: torch.device) -> bool:
         """Whether the attention is :mod:`.attention`'s and reads codes on this device."""
@@ -325,17 +351,22 @@ class KVQuantizer(nn.Module):
         positions = kwargs.get("position_ids")
         cache = kwargs.get("past_key_values")
         hidden = args[0] if args else kwargs.get("hidden_states")
-        codes = hidden is not None and not _trained(hidden) and self.reads_codes(hidden.device)
-        codes = codes and not getattr(cache, "offloading", False)
         if cache is None:
-            return args, {**kwargs, "past_key_values": NoCache(self, positions, codes)}
-        layer = self._cache_layer(cache, int(attention.layer_idx), codes)  # type: ignore[arg-type]
+            return args, {**kwargs, "past_key_values": NoCache(self, positions, self._reads_codes_of(hidden))}
+        layer = self._cache_layer(cache, int(attention.layer_idx), hidden)  # type: ignore[arg-type]
         if layer is not None:
             layer.next_positions = positions
         return args, kwargs
 
-    def _cache_layer(self, cache: Any, index: int, codes: bool) -> QuantizedCacheLayer | CodesLayer | None:
-        """The quantized layer of a cache, put there if the cache is still empty at ``index``."""
+    def _reads_codes_of(self, hidden: Any) -> bool:
+        """:meth:`reads_codes` of an attention's input, which nothing is to be learned from."""
+        return hidden is not None and not _trained(hidden) and self.reads_codes(hidden.device)
+
+    def _cache_layer(self, cache: Any, index: int, hidden: Any) -> QuantizedCacheLayer | CodesLayer | None:
+        """The quantized layer of a cache, put there if the cache is still empty at ``index``.
+
+        ``hidden``: the attention's input.
+        """
         if isinstance(cache, NoCache):
             return None
         layers = getattr(cache, "layers", None)
@@ -346,6 +377,7 @@ class KVQuantizer(nn.Module):
         layer = layers[index]
         if isinstance(layer, QuantizedCacheLayer | CodesLayer):
             return layer
+        codes = self._reads_codes_of(hidden) and not getattr(cache, "offloading", False)
         new = self.quantized(layer, codes)
         if new is None:
             return self._refuse(type(layer).__name__)

@@ -134,6 +134,12 @@ class CodesLayer(DynamicLayer):
         return self.storage.used[self.index : self.index + 1]
 
     @property
+    def shift(self) -> Tensor:
+        """int32 ``[batch]``: position of the first row of each sequence."""
+        assert self.storage is not None
+        return self.storage.shift
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tokens stored, without the room for more."""
         if self.storage is None:
@@ -276,30 +282,13 @@ class CachedTokens:
         self.layer = layer
         self.new = new
 
-    def attend(
-        self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float, window: int
-    ) -> Tensor | None:
-        """Attention of ``query`` ``[batch, heads, new, head_dim]``, as ``[batch, new, heads, head_dim]``.
-
-        None where it has to be computed with keys and values that are read out (:meth:`read`).
-        """
-        layer, storage = self.layer, self.layer.storage
+    @property
+    def added(self) -> int:
+        """What :attr:`CodesLayer.used` is behind, these tokens included."""
+        storage = self.layer.storage
         assert storage is not None
-        if self.new > QUERIES or (mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1)):
-            return None
-        added = self.new if storage.together else 0
-        return layer.quantizer.attend(
-            layer.pages,
-            query.transpose(1, 2),
-            layer.used,
-            added,
-            mask,
-            storage.shift,
-            scaling,
-            softcap,
-            window,
-        )
+        return self.new if storage.together else 0
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """All keys and values ``[batch, kv_heads, tokens, head_dim]``."""
-        return self.layer._read()
+    def decodes(self, mask: Tensor | None) -> bool:
+        """Whether attention of so many queries with such a mask is computed from codes."""
+        return self.new <= QUERIES and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
