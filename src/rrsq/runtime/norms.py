@@ -44,6 +44,7 @@ class NormForward:
         backend = forced_backend()
         if (
             (x.is_cuda if backend is None else backend == "triton")
+            and type(x) is Tensor  # Not one that is traced.
             and not is_compiling()
             and not needs_gradient(x)
         ):

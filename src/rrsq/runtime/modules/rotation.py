@@ -62,7 +62,7 @@ class OnlineHadamard(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x @ R`` for ``x`` ``[..., size * inner]``; float32 for lower precisions."""
         base = self.base(x.device)
-        if is_compiling() or not x.numel():
+        if is_compiling() or type(x) is not Tensor or not x.numel():
             return self._transform(x, base)
         rows = x.reshape(-1, x.shape[-1])
         return self._prepared.find(rows, self._prepare)(rows).view(x.shape)
