@@ -194,6 +194,23 @@ class Cache:
             1.0,
         )
 
+    def gather(self, dtype: torch.dtype, table: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of ``chosen`` tokens, of one sequence after the other."""
+        rows = self.pages.block_size
+        slots = table[:, chosen // rows].long() * rows + chosen % rows
+        return kernels.cache_gather(
+            self.query.to(dtype),
+            *self.pages,
+            slots.flatten(),
+            chosen.repeat(self.case.batch),
+            self.signs,
+            None,
+            self.offset,
+            self.value_offset,
+            self.frequencies,
+            1.0,
+        )
+
     def expected(self) -> Tensor:
         """Attention in float64 over what is stored, a query and a head at a time."""
         case = self.case
@@ -289,6 +306,23 @@ def test_kernel_reads_as_the_reference_does(case: Case, device: torch.device) ->
         actual = cache.read(torch.float32)
     for ours, theirs in zip(actual, expected, strict=True):
         assert distance(ours, theirs) < 2e-3  # The product of code and scale is rounded to float16.
+
+
+@needs_triton
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_listed_tokens_are_those_that_are_read(case: Case, backend: str, device: torch.device) -> None:
+    case = replace(case, past=min(case.past, 40), shift=False)
+    cache = Cache(case, device)
+    table = cache.table
+    if table is None:
+        table = torch.arange(case.batch, device=device).unsqueeze(1)
+    chosen = torch.randperm(case.past + case.tokens, generator=torch.Generator().manual_seed(1)).to(device)
+    with use_kernels(backend):
+        cache.append()
+        expected = cache.read(torch.float32)
+        listed = cache.gather(torch.float32, table, chosen)
+    for ours, theirs in zip(listed, expected, strict=True):
+        assert torch.equal(ours, theirs[:, :, chosen].transpose(1, 2).flatten(0, 1))
 
 
 @needs_triton
