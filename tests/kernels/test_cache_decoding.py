@@ -325,6 +325,36 @@ def test_listed_tokens_are_those_that_are_read(case: Case, backend: str, device:
         assert torch.equal(ours, theirs[:, :, chosen].transpose(1, 2).flatten(0, 1))
 
 
+def parts_of(pages: CachePages) -> CachePages:
+    """The same storage as parts of one tensor, as an engine's pages have it: strides are of the whole."""
+    blocks, heads = pages.key_codes.shape[:2]
+    tensors = [x for x in pages if x is not None]
+    sizes = [x[0, 0].numel() * x.itemsize for x in tensors]
+    whole = torch.zeros(blocks, heads, sum(sizes), dtype=torch.uint8, device=pages.key_codes.device)
+    views = iter(
+        part.view(x.dtype).unflatten(-1, x.shape[2:])
+        for part, x in zip(whole.split(sizes, -1), tensors, strict=True)
+    )
+    return CachePages(*(None if x is None else next(views) for x in pages))
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["pages", "8-bit keys", "symmetric, no offset", "head of 80"])
+def test_pages_that_are_parts_of_a_tensor(name: str, device: torch.device) -> None:
+    case = replace(CASES[name], past=17, capacity=32, block=16, tokens=2, window=12)
+    results = []
+    for parted in (False, True):
+        cache = Cache(case, device)
+        if parted:
+            cache.pages = parts_of(cache.pages)
+            assert not cache.pages.key_codes.is_contiguous()
+        with use_kernels("triton"):
+            cache.append()
+            results.append((cache.attend(), *cache.read(torch.float32)))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @needs_triton
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_not_a_number_is_not_lost(backend: str, device: torch.device) -> None:
