@@ -186,7 +186,8 @@ def under_load(folder: str, job: dict[str, Any]) -> dict[str, Any]:
         while waiting and waiting[0][1]["step"] <= step:
             index, request = waiting.pop(0)
             engine.add_request(str(index), {"prompt_token_ids": request["prompt"]}, _sampling(request))
-        for output in engine.step():
+        # Without requests a step would wait for ever.
+        for output in engine.step() if engine.has_unfinished_requests() else ():
             if output.finished:
                 texts[int(str(output.request_id).partition("-")[0])] = _text(output)
         step += 1
