@@ -51,6 +51,14 @@ def test_vllm_takes_over(qwen2_checkpoint: Path, installed: None, started: list[
     assert f"vllm serve {qwen2_checkpoint} --port 81" in result.stderr
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_the_cache_is_chosen(dtype: str, qwen2_checkpoint: Path, installed: None, started: list[Any]) -> None:
+    result = rrsq_serve(qwen2_checkpoint, "--kv-cache-dtype", dtype)
+    assert result.exit_code == 0, result.stderr
+    expected = [] if dtype == "auto" else ["--kv-cache-dtype", dtype]
+    assert list(started[0][1])[5:] == expected
+
+
 def test_an_environment_of_the_users_own_is_kept(
     qwen2_checkpoint: Path, installed: None, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -194,6 +194,23 @@ class Cache:
             1.0,
         )
 
+    def gather(self, dtype: torch.dtype, table: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of ``chosen`` tokens, of one sequence after the other."""
+        rows = self.pages.block_size
+        slots = table[:, chosen // rows].long() * rows + chosen % rows
+        return kernels.cache_gather(
+            self.query.to(dtype),
+            *self.pages,
+            slots.flatten(),
+            chosen.repeat(self.case.batch),
+            self.signs,
+            None,
+            self.offset,
+            self.value_offset,
+            self.frequencies,
+            1.0,
+        )
+
     def expected(self) -> Tensor:
         """Attention in float64 over what is stored, a query and a head at a time."""
         case = self.case
@@ -289,6 +306,53 @@ def test_kernel_reads_as_the_reference_does(case: Case, device: torch.device) ->
         actual = cache.read(torch.float32)
     for ours, theirs in zip(actual, expected, strict=True):
         assert distance(ours, theirs) < 2e-3  # The product of code and scale is rounded to float16.
+
+
+@needs_triton
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_listed_tokens_are_those_that_are_read(case: Case, backend: str, device: torch.device) -> None:
+    case = replace(case, past=min(case.past, 40), shift=False)
+    cache = Cache(case, device)
+    table = cache.table
+    if table is None:
+        table = torch.arange(case.batch, device=device).unsqueeze(1)
+    chosen = torch.randperm(case.past + case.tokens, generator=torch.Generator().manual_seed(1)).to(device)
+    with use_kernels(backend):
+        cache.append()
+        expected = cache.read(torch.float32)
+        listed = cache.gather(torch.float32, table, chosen)
+    for ours, theirs in zip(listed, expected, strict=True):
+        assert torch.equal(ours, theirs[:, :, chosen].transpose(1, 2).flatten(0, 1))
+
+
+def parts_of(pages: CachePages) -> CachePages:
+    """The same storage as parts of one tensor, as an engine's pages have it: strides are of the whole."""
+    blocks, heads = pages.key_codes.shape[:2]
+    tensors = [x for x in pages if x is not None]
+    sizes = [x[0, 0].numel() * x.itemsize for x in tensors]
+    whole = torch.zeros(blocks, heads, sum(sizes), dtype=torch.uint8, device=pages.key_codes.device)
+    views = iter(
+        part.view(x.dtype).unflatten(-1, x.shape[2:])
+        for part, x in zip(whole.split(sizes, -1), tensors, strict=True)
+    )
+    return CachePages(*(None if x is None else next(views) for x in pages))
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["pages", "8-bit keys", "symmetric, no offset", "head of 80"])
+def test_pages_that_are_parts_of_a_tensor(name: str, device: torch.device) -> None:
+    case = replace(CASES[name], past=17, capacity=32, block=16, tokens=2, window=12)
+    results = []
+    for parted in (False, True):
+        cache = Cache(case, device)
+        if parted:
+            cache.pages = parts_of(cache.pages)
+            assert not cache.pages.key_codes.is_contiguous()
+        with use_kernels("triton"):
+            cache.append()
+            results.append((cache.attend(), *cache.read(torch.float32)))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @needs_triton

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import json
 import os
 import sys
 import threading
@@ -45,6 +46,7 @@ def prepare() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     _stub_extensions()
     _stub_image_processing()
+    _stub_structured_output()
     _fake_platform()
     _mock_kernels()
     _replace_kernels()
@@ -95,6 +97,15 @@ def _stub_image_processing() -> None:
         sys.modules[module.__name__] = module
 
 
+def _stub_structured_output() -> None:
+    """Its package imports grammars that are not installed; requests only need one of its files."""
+    import vllm
+
+    package = types.ModuleType("vllm.v1.structured_output")
+    package.__path__ = [str(Path(vllm.__file__).parent / "v1" / "structured_output")]
+    sys.modules[package.__name__] = package
+
+
 def _fake_platform() -> None:
     import vllm.platforms
     from vllm.platforms.cuda import NonNvmlCudaPlatform
@@ -124,13 +135,18 @@ def _fake_platform() -> None:
 def _replace_kernels() -> None:
     import vllm._custom_ops
     import vllm.model_executor.layers.vocab_parallel_embedding as embedding
+    import vllm.utils.torch_utils
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.fused_moe.runner import moe_runner, shared_experts
     from vllm.model_executor.models import registry
     from vllm.model_executor.models.transformers.base import Base
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-    Attention.forward = _attention
+    vllms = Attention.forward
+    Attention.forward = lambda self, *args, **kwargs: (_attention if self.kv_cache.numel() == 0 else vllms)(
+        self, *args, **kwargs
+    )
+    vllm.utils.torch_utils.PIN_MEMORY = False
     TritonAttentionBackend.supports_head_size = classmethod(lambda cls, size: True)
     vllm._custom_ops.topk_softmax = _topk_softmax
     shared_experts.aux_stream = lambda: None
@@ -272,10 +288,17 @@ def engine_config(folder: Path, ranks: int = 1, **options: Any) -> Any:
         "max_model_len": 40,
         "tensor_parallel_size": ranks,
         "distributed_executor_backend": "external_launcher" if ranks > 1 else None,
-        "attention_backend": "TRITON_ATTN",
+        "attention_backend": None if _has_cache(folder, options) else "TRITON_ATTN",
         "compilation_config": {"custom_ops": ["none"]},
     }
     return EngineArgs(model=str(folder), **{**chosen, **options}).create_engine_config()
+
+
+def _has_cache(folder: Path, options: dict[str, Any]) -> bool:
+    """Whether a checkpoint's own cache is used, which chooses its attention."""
+    description = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    chosen = options.get("kv_cache_dtype", "auto") == "auto"
+    return chosen and description.get("recipe", {}).get("kv_cache") is not None
 
 
 def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:

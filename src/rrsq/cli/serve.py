@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import Enum
 from typing import Annotated
 
 import typer
@@ -13,9 +14,20 @@ from rrsq.cli.options import MOST_PROCESSES
 
 __all__ = ["EXAMPLES", "serve"]
 
+
+class CacheDtype(str, Enum):
+    """Choices of ``--kv-cache-dtype``."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    fp8 = "fp8"
+
+
 EXAMPLES = examples(
     "rrsq serve out/",
     "rrsq serve out/ --tensor-parallel-size 2 -- --max-model-len 8192 --port 8080",
+    "rrsq serve out/ --kv-cache-dtype bfloat16",
     "rrsq serve out/ --dry-run",
 )
 
@@ -42,6 +54,13 @@ def serve(
             " numbers are possible, and one that is not is refused here.",
         ),
     ] = 1,
+    kv_cache_dtype: Annotated[
+        CacheDtype,
+        typer.Option(
+            help="Of the KV cache. auto: as the checkpoint's recipe says, which is 4 bits by default; the"
+            " others are vLLM's own caches.",
+        ),
+    ] = CacheDtype.auto,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, print the command, and do not start it.")
     ] = False,
@@ -59,7 +78,7 @@ def serve(
     from rrsq.vllm.launch import check_checkpoint, check_installation, plan_launch
 
     check_checkpoint(checkpoint, tensor_parallel_size)
-    launch = plan_launch(checkpoint, tensor_parallel_size, options or ())
+    launch = plan_launch(checkpoint, tensor_parallel_size, options or (), kv_cache_dtype.value)
     if dry_run:
         typer.echo(str(launch))
         return

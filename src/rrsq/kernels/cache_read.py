@@ -12,7 +12,7 @@ from ._triton import ceil_div, next_power_of_two, tl, triton
 from .cache import decode_cache, dequantized_halves, offset_keys, rope_of_offset, rotated_halves
 from .operation import Constraints, operation
 
-__all__ = ["cache_read"]
+__all__ = ["cache_read", "read_kernel"]
 
 _TILE = 32
 
@@ -96,7 +96,7 @@ def _between(x: Tensor, block_table: Tensor | None, begin: int, end: int) -> Ten
 
 
 @triton.jit
-def _read_kernel(
+def read_kernel(
     key_codes,
     key_scale,
     key_minimum,
@@ -116,6 +116,9 @@ def _read_kernel(
     begin,
     end,
     table_stride,
+    out_stride_batch,
+    out_stride_head,
+    out_stride_token,
     key_stride_block,
     key_stride_head,
     key_stride_token,
@@ -130,6 +133,7 @@ def _read_kernel(
     value_scale_stride_token,
     BLOCK_SIZE: tl.constexpr,
     PAGED: tl.constexpr,
+    LISTED: tl.constexpr,
     SHIFTED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -146,14 +150,23 @@ def _read_kernel(
     PAIRS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A tile of tokens of one head of one sequence; the second half of the programs has the values."""
+    """A tile of tokens of one head of one sequence; the second half of the programs has the values.
+
+    ``LISTED``: ``table`` has the slot of each token and ``shift`` its position.
+    """
     HALF: tl.constexpr = HEAD_DIM // 2
     heads = tl.num_programs(1) // 2
     head = tl.program_id(1) % heads
     batch = tl.program_id(2).to(tl.int64)
     token = begin + tl.program_id(0) * TILE + tl.arange(0, TILE)
     real = token < end
-    if PAGED:
+    position = token
+    if LISTED:
+        slot = tl.load(table + token, mask=real, other=0)
+        block = (slot // BLOCK_SIZE).to(tl.int64)
+        row = (slot % BLOCK_SIZE).to(tl.int32)
+        position = tl.load(shift + token, mask=real, other=0).to(tl.int32)
+    elif PAGED:
         block = tl.load(table + batch * table_stride + token // BLOCK_SIZE, mask=real, other=0).to(tl.int64)
         row = token % BLOCK_SIZE
     else:
@@ -161,7 +174,8 @@ def _read_kernel(
         row = token
     channel = tl.arange(0, PADDED)
     present = real[:, None] & (channel < HALF)[None, :]
-    place = ((batch * heads + head) * (end - begin) + token - begin) * HEAD_DIM
+    place = batch * out_stride_batch + head * out_stride_head
+    place += (token - begin).to(tl.int64) * out_stride_token
     place = place[:, None] + channel[None, :]
     if tl.program_id(1) < heads:
         code_rows = block * key_stride_block + head * key_stride_head + row * key_stride_token
@@ -178,7 +192,6 @@ def _read_kernel(
             low, high = rotated_halves(low, high, key_signs, HALF, HEAD_DIM, PADDED)
         if OFFSET:
             mean = key_offset + head * HEAD_DIM
-            position = token
             if SHIFTED:
                 position += tl.load(shift + batch)
             base = position.to(tl.float64)
@@ -261,7 +274,7 @@ def _launch(
     values = torch.empty(shape, dtype=like.dtype, device=like.device)
     if keys.numel() == 0:
         return keys, values
-    _read_kernel[(ceil_div(end - begin, _TILE), 2 * kv_heads, batch)](
+    read_kernel[(ceil_div(end - begin, _TILE), 2 * kv_heads, batch)](
         key_codes,
         key_scale,
         key_minimum,
@@ -281,12 +294,14 @@ def _launch(
         begin,
         end,
         0 if block_table is None else block_table.stride(0),
+        *keys.stride()[:3],
         *key_codes.stride()[:3],
         *key_scale.stride()[:3],
         *value_codes.stride()[:3],
         *value_scale.stride()[:3],
         BLOCK_SIZE=key_codes.shape[2],
         PAGED=block_table is not None,
+        LISTED=False,
         SHIFTED=shift is not None,
         HEAD_DIM=head_dim,
         PADDED=max(next_power_of_two(head_dim // 2), 16),

@@ -19,6 +19,7 @@ def register() -> None:
     vLLM calls it whatever model it serves: with a release that the plugin does not fit, it only warns.
     """
     try:
+        from .cache import register_cache
         from .config import register_quantization
         from .models import register_models
     except ImportError as error:
@@ -30,5 +31,6 @@ def register() -> None:
             stacklevel=2,
         )
         return
+    register_cache()
     register_quantization()
     register_models()

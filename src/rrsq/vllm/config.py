@@ -19,7 +19,9 @@ from ..runtime.format.format import QUANT_METHOD, CheckpointInfo, parse_info
 from ..runtime.format.json_files import read_config
 from ..runtime.format.shards import has_shards
 from ..runtime.format.validate import check_description, check_layers
+from ..runtime.kv_cache.quantizer import KVQuantizer
 from ..runtime.scheme import head_is_kept
+from .cache import CacheMethod, has_quantized_cache
 from .experts import RRSQExpertsMethod
 from .head import HeadMethod
 from .limits import check_servable
@@ -37,6 +39,9 @@ class RRSQConfig(QuantizationConfig):
         info: the validated configuration.
         rotations: of the model.
         family, places: of the model; known once vLLM has shown its configuration.
+        quantizers: of the KV cache, by layer; empty where vLLM keeps it in its own way. Known once the model
+            is built, as are
+        cached_layers: vLLM's attentions that have one, by layer, of this process.
     """
 
     family: ModelFamily
@@ -46,6 +51,8 @@ class RRSQConfig(QuantizationConfig):
         super().__init__()
         self.info = info
         self.rotations = info.rotation.rotations()
+        self.quantizers: dict[int, KVQuantizer] = {}
+        self.cached_layers: dict[int, nn.Module] = {}
 
     def get_name(self) -> Any:
         """The method's name."""
@@ -122,7 +129,7 @@ class RRSQConfig(QuantizationConfig):
             return RRSQExpertsMethod(layer.moe_config, places, self.rotations) if quantized else None
         if isinstance(layer, ParallelLMHead) and not head_is_kept(self.info.recipe, self.family):
             return HeadMethod(self.info.recipe)
-        return None
+        return CacheMethod(self, prefix) if has_quantized_cache(layer) else None
 
 
 def register_quantization() -> None:

@@ -104,17 +104,22 @@ def check_installation() -> str | None:
     return None
 
 
-def plan_launch(path: str, tensor_parallel_size: int = 1, options: Sequence[str] = ()) -> Launch:
+def plan_launch(
+    path: str, tensor_parallel_size: int = 1, options: Sequence[str] = (), kv_cache_dtype: str = "auto"
+) -> Launch:
     """The command that serves a checkpoint.
 
     Args:
         path: of the checkpoint.
         tensor_parallel_size: processes, one a GPU.
         options: further options of ``vllm serve``; they win over what is chosen here.
+        kv_cache_dtype: ``auto`` is the recipe's.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", path]
     if tensor_parallel_size > 1:
         command += ["--tensor-parallel-size", str(tensor_parallel_size)]
+    if kv_cache_dtype != "auto":
+        command += ["--kv-cache-dtype", kv_cache_dtype]
     kept = {name: value for name, value in engine_environment().items() if name not in os.environ}
     return Launch((*command, *options), kept)
 

@@ -25,13 +25,14 @@ from ..runtime.format.integration import assemble_model
 from ..runtime.format.validate import check_values
 from ..runtime.modules.rotation import online_rotation
 from ..runtime.rotation.rotations import Rotations
+from .cache import load_offset
 from .experts import load_experts
 from .places import Places
 
 if TYPE_CHECKING:
     from .config import RRSQConfig
 
-__all__ = ["expected_tensors", "load_checkpoint"]
+__all__ = ["described_model", "expected_tensors", "load_checkpoint"]
 
 Weights = Iterable[tuple[str, Tensor]]
 Expected = dict[str, Tensor | None]
@@ -70,8 +71,8 @@ def load_checkpoint(
     return {name for name, _ in target.filled}
 
 
-def expected_tensors(hf_config: Any, info: CheckpointInfo) -> Expected:
-    """What a checkpoint must hold, by name, as meta tensors; None for what it may leave out: tied weights.
+def described_model(hf_config: Any, info: CheckpointInfo) -> nn.Module:
+    """The model that transformers would load, on the meta device.
 
     Args:
         hf_config: configuration of transformers.
@@ -83,7 +84,15 @@ def expected_tensors(hf_config: Any, info: CheckpointInfo) -> Expected:
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     with torch.device("meta"):
-        model = assemble_model(AutoModelForCausalLM.from_config(plain), info)
+        return assemble_model(AutoModelForCausalLM.from_config(plain), info)
+
+
+def expected_tensors(model: nn.Module) -> Expected:
+    """What a checkpoint must hold, by name, as meta tensors; None for what it may leave out: tied weights.
+
+    Args:
+        model: of :func:`described_model`.
+    """
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return {name: None if name in tied else tensor for name, tensor in model.state_dict().items()}
 
@@ -130,6 +139,7 @@ class _Target:
         self.model = model
         self.places: Places = config.places
         self.rotations: Rotations = config.rotations
+        self.cached_layers = config.cached_layers
         self.parts = config.fused_linears
         self.fused = {part: name for name, parts in self.parts.items() for part in parts if part != name}
         self.modules = dict(model.named_modules(remove_duplicate=False))
@@ -162,8 +172,11 @@ class _Target:
                 self._fill(self.places.outside(name), tensor)
             return place is not None
         index, _, path = inside.partition(".")
-        if not path.startswith(f"{family.attention}.kv_quantizer."):
+        own = f"{family.attention}.kv_quantizer."
+        if not path.startswith(own):
             self._load_layer(index, path, tensor)
+        elif int(index) in self.cached_layers:
+            load_offset(self.cached_layers[int(index)], path.removeprefix(own), tensor)
         return True
 
     def _load_layer(self, index: str, path: str, tensor: Tensor) -> None:

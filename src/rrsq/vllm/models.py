@@ -18,8 +18,9 @@ from vllm.model_executor.models.utils import maybe_prefix
 
 from ..models import families
 from ..runtime.modules.norms import replace_final_norm, replace_layer_norms
+from .cache import quantized_cache
 from .limits import check_servable
-from .loading import expected_tensors, load_checkpoint
+from .loading import described_model, expected_tensors, load_checkpoint
 
 __all__ = ["register_models", "served_architecture"]
 
@@ -59,11 +60,14 @@ class _Served(_Model):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         parallel, hf_config = vllm_config.parallel_config, vllm_config.model_config.hf_config
-        check_servable(hf_config, vllm_config.quant_config.info, parallel.tensor_parallel_size)
+        quant_config = vllm_config.quant_config
+        check_servable(hf_config, quant_config.info, parallel.tensor_parallel_size)
         # Before vLLM, where it has no model of its own, changes that of transformers.
-        expected = expected_tensors(hf_config, vllm_config.quant_config.info)
-        self._build(vllm_config, prefix)
-        self._checkpoint = (vllm_config.quant_config, expected)
+        described = described_model(hf_config, quant_config.info)
+        with quantized_cache(vllm_config, quant_config.family, described) as quantizers:
+            quant_config.quantizers = quantizers
+            self._build(vllm_config, prefix)
+        self._checkpoint = (quant_config, expected_tensors(described))
 
     def _build(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)

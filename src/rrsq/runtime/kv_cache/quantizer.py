@@ -74,7 +74,8 @@ class CacheTensorQuantizer(nn.Module):
         self.group_size = math.gcd(scheme.group_size, head_dim)
         self.head_dim = head_dim
         self.kv_heads = kv_heads
-        self.register_buffer("offset", torch.zeros(kv_heads, head_dim) if scheme.offset else None)
+        offset = torch.zeros(kv_heads, head_dim, dtype=torch.float32) if scheme.offset else None
+        self.register_buffer("offset", offset)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # The offset stays float32 whatever dtype the model is cast to.
@@ -227,6 +228,20 @@ class KVQuantizer(nn.Module):
         """Keys and values of tokens; see :func:`rrsq.kernels.cache_read`."""
         read = self._choose(kernels.cache_read, "like", like)
         return read(like, *pages, begin, end, block_table, shift, *self.constants(like.device))
+
+    def gather(
+        self, pages: CachePages, like: Tensor, slots: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of listed tokens; see :func:`rrsq.kernels.cache_gather`."""
+        return kernels.cache_gather(like, *pages, slots, positions, *self.constants(like.device))
+
+    def shard(self, kv_heads: int, most_tokens: int) -> KVQuantizer:
+        """One of the same schemes for ``kv_heads`` heads, with offsets of zero.
+
+        ``most_tokens``: that a text can reach; it decides which angles all texts get where there are two.
+        """
+        rotary = None if self.rotary is None else self.rotary.for_all(most_tokens)
+        return KVQuantizer(self.keys.scheme, self.values.scheme, kv_heads, self.keys.head_dim, rotary)
 
     def round_trip(self, keys: Tensor, values: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """What a cache that is empty before would give back of all its tokens."""

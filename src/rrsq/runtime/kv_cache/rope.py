@@ -77,6 +77,12 @@ class KeyRotary:
             ) from error
         return cls(frequency, scaling, long=long, switch=switch)
 
+    def for_all(self, tokens: int) -> KeyRotary:
+        """The same with the angles of calls of ``tokens`` tokens for all calls."""
+        if self.switch is None or self.long is None:
+            return self
+        return KeyRotary(self.long if tokens > self.switch else self.frequency, self.scaling)
+
     def follow(self, device: torch.device) -> None:
         """Have the frequencies where the keys are, so that a compiled forward pass finds them there."""
         if device.type != "meta" and self.frequency.device != device:
