@@ -26,6 +26,7 @@ class TextDivergence:
     name: str
     source: str
     needs_reference: bool = True
+    over_windows: bool = True
     _text: TextWindows = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -62,6 +62,10 @@ class Task(Protocol):
     def needs_reference(self) -> bool:
         """Whether it compares with a reference model, which it is then not run on itself."""
 
+    @property
+    def over_windows(self) -> bool:
+        """Whether it reads a text in windows, rather than asking questions."""
+
     def prepare(self, options: TaskOptions) -> None:
         """Fetch the data, so that a missing file is found before a model is loaded."""
 

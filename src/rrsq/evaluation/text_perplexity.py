@@ -27,6 +27,7 @@ class TextPerplexity:
     name: str
     source: str
     needs_reference: bool = False
+    over_windows: bool = True
     _text: TextWindows = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
