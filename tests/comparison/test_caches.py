@@ -117,8 +117,18 @@ def test_the_report_has_caches_side_by_side(done: Path, report: dict[str, Any]) 
     assert f"| full precision | {full:.4f} | {full:.4f} | {alone:.4f} |" in lines[start:]
     row = next(line for line in lines if line.startswith("| `quarot-w4a4kv4@kv16` |"))
     assert "| 4.01, 4, 16.00 |" in row
+    kl = next(result for result in report["models"][1]["results"] if result["task"] == "kl")
+    cells = [f"{metric['value']:.4f} ±{metric['stderr']:.4f}" for metric in kl["metrics"]]
+    assert [metric["name"] for metric in kl["metrics"]] == [
+        "kl_mean",
+        "kl_median",
+        "kl_p90",
+        "kl_p99",
+        "top1",
+    ]
+    assert f"| full precision in bfloat16 | {' | '.join(cells)} |" in lines
     page = (done / "report.html").read_text(encoding="utf-8")
-    assert page.count("noise floor (bfloat16)") == 4
+    assert page.count("noise floor (bfloat16)  ") == 4
 
 
 def test_weights_are_quantized_once_and_a_further_cache_only_measures(

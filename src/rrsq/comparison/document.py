@@ -68,23 +68,24 @@ class Document:
 
 
 def markdown(document: Document) -> str:
-    """The document without its pictures; a section of pictures alone is left out."""
+    """The document without its sections of pictures."""
     blocks = [f"# {document.title}"]
     for section in document.sections:
-        parts = [_markdown_part(part) for part in section.parts if not isinstance(part, Figure)]
-        if parts:
-            blocks += [f"## {section.title}"] if section.title else []
-            blocks += parts
+        if any(isinstance(part, Figure) for part in section.parts):
+            continue
+        blocks += [f"## {section.title}"] if section.title else []
+        blocks += map(_markdown_part, section.parts)
     return "\n\n".join(blocks) + "\n"
 
 
-def _markdown_part(part: Text | Items | Table | Code) -> str:
+def _markdown_part(part: Part) -> str:
     if isinstance(part, Text):
         return part.text
     if isinstance(part, Items):
         return "\n".join(f"- **{name}**: {text}" for name, text in part.items)
     if isinstance(part, Code):
         return f"```bash\n{part.text}\n```"
+    assert isinstance(part, Table)
     header, *body = [[cell.replace("|", "\\|") for cell in row] for row in part.rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *body])
 

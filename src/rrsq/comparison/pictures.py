@@ -55,14 +55,13 @@ def _legend(comparison: Comparison) -> str:
 
 
 def _drawn_tasks(comparison: Comparison) -> list[str]:
-    """All tasks, but of several with an accuracy only the average."""
+    """All tasks, divergences first; of several with an accuracy only the average."""
     report = comparison.report
     tasks = report.tasks()
-    if AVERAGE not in tasks:
-        return tasks
-    results = (result for model in report.models for result in model.results)
-    single = {result.task for result in results if result.headline.name in ACCURACIES}
-    return [task for task in tasks if task not in single]
+    results = {result.task: result.headline for model in report.models for result in model.results}
+    if AVERAGE in tasks:
+        tasks = [task for task in tasks if results[task].name not in ACCURACIES]
+    return sorted(tasks, key=lambda task: not results[task].relative)
 
 
 def _figure(
@@ -88,7 +87,7 @@ def _figure(
         Point(
             x,
             one.value,
-            f"{subject.name.replace('full-precision', 'full precision')}  {one.value:.4g}",
+            subject.name.replace("full-precision", "full precision"),
             groups.get(subject.recipe or "", 0),
             _SHAPES.get(subject.name.rsplit("@", 1)[-1], "circle"),
             one.stderr,

@@ -12,7 +12,7 @@ __all__ = ["Axis", "Level", "Point", "scatter"]
 _WIDTH, _HEIGHT = 860, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 270, 14, 48
 _LABEL = 17
-_COLOURS = 7
+_COLOURS = 8
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Point:
 
     Attributes:
         x, y: in the units of the axes, finite.
-        label: its name.
+        label: its name, behind which its height is written.
         group: points of one group have one colour.
         shape: ``circle``, ``square`` or ``triangle``.
         stderr: of ``y``, drawn as a bar; None for none.
@@ -69,7 +69,9 @@ def scatter(points: Sequence[Point], levels: Sequence[Level], x: Axis, y: Axis, 
     for tick in up.ticks:
         at = up(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        parts.append(
+            f'<text class="tick" x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{_short(tick)}</text>'
+        )
     for tick in across.ticks:
         at = across(tick)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{bottom}"/>')
@@ -88,7 +90,9 @@ def scatter(points: Sequence[Point], levels: Sequence[Level], x: Axis, y: Axis, 
     parts += [_level(level, up, right) for level in levels]
     parts += [_mark(point, across, up) for point in points]
     names = [_Name(level.label, "level", right, up(level.y)) for level in levels]
-    names += [_Name(p.label, f"c{p.group % _COLOURS}", across(p.x) + 6, up(p.y)) for p in points]
+    names += [
+        _Name(f"{p.label}  {_short(p.y)}", f"c{p.group % _COLOURS}", across(p.x) + 6, up(p.y)) for p in points
+    ]
     for name, at in zip(names, _apart([name.y for name in names], _TOP + 8, bottom + 8), strict=True):
         lead = f"M{name.x:.1f} {name.y:.1f}L{right + 22} {at:.1f}"
         parts.append(f'<path class="lead {name.style}" d="{lead}"/>')
@@ -125,7 +129,7 @@ def _mark(point: Point, across: _Scale, up: _Scale) -> str:
         "square": f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9"/>',
         "triangle": f'<path d="M{x:.1f} {y - 6:.1f}l5.5 10h-11z"/>',
     }
-    title = f"<title>{escape(point.label)}: {point.y:.4g} at {point.x:.4g}</title>"
+    title = f"<title>{escape(point.label)}: {_short(point.y)} at {_short(point.x)}</title>"
     return f'{bar}<g class="mark {colour}">{title}{shapes[point.shape]}</g>'
 
 
@@ -175,7 +179,7 @@ def _linear_ticks(low: float, high: float) -> list[float]:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _apart(wanted: Sequence[float], top: float, bottom: float) -> list[float]:

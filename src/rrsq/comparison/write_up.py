@@ -74,6 +74,7 @@ def comparison_document(
     sections = [
         Section("", [_headline_table(comparison), Text(_what_stands_there(comparison))]),
         Section("Quality over size and speed", drawn),
+        Section("Divergence", _divergence_tables(comparison)),
         Section("By KV cache", _cache_tables(comparison, plan)),
         Section("All numbers", [_full_table(comparison)]),
         Section("Size and speed", _size_parts(comparison, benchmarks)),
@@ -147,6 +148,23 @@ def _headline_cell(differences: list[Difference], *, is_reference: bool) -> str:
     one = differences[0]
     recovery = "" if is_reference else recovery_text(one)
     return value_text(one.metric) + (f" ({recovery})" if recovery else "")
+
+
+def _divergence_tables(comparison: Comparison) -> list[Part]:
+    """Of each task that compares distributions, all its numbers: a row a model."""
+    report = comparison.report
+    parts: list[Part] = []
+    for task in report.tasks():
+        if not _headline(report.models, task).relative:
+            continue
+        results = [model.result(task) for model in report.models]
+        names = [metric.name for metric in next(filter(None, results)).metrics]
+        rows = [[task, *names]]
+        for subject, result in zip(comparison.subjects, results, strict=True):
+            if result is not None:
+                rows.append([_label(subject), *(value_text(metric) for metric in result.metrics)])
+        parts.append(Table(rows))
+    return parts
 
 
 def _cache_tables(comparison: Comparison, plan: ComparisonPlan) -> list[Part]:
