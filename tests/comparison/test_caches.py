@@ -228,6 +228,20 @@ def test_a_cache_can_be_replaced_and_taken_away(tiny_qwen2_dir: Path) -> None:
     assert not any("kv_quantizer" in name for name, _ in plain.named_modules())
 
 
+def test_generation_uses_the_cache_that_was_put_in(done: Path, tiny_qwen2_dir: Path) -> None:
+    """What decodes in place of the model's forward pass must not go on with the cache that was there."""
+    model: Any = load_model(str(done / "quarot-w4a4kv4" / "checkpoint"), device="cpu", dtype="float32")
+    tokens = random_tokens(1, 24, seed=3)
+    own = model.forward.quantizers
+    means = measure_key_means(load_tiny(tiny_qwen2_dir), tokens)
+    replace_cache(model, cache_of("4", load_recipe("quarot-w4a4kv4")), means)
+    assert not any(new is old for new in model.forward.quantizers for old in own)
+    replace_cache(model, None, None)
+    assert "forward" not in vars(model)
+    cache = model.generate(tokens, max_new_tokens=2, return_dict_in_generate=True).past_key_values
+    assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer"] * 2
+
+
 def test_key_means_are_those_of_the_projection(tiny_qwen2_dir: Path) -> None:
     model: Any = load_tiny(tiny_qwen2_dir)
     tokens = random_tokens(3, 24, seed=4)

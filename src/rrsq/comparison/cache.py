@@ -15,6 +15,7 @@ from rrsq.models import family_for
 from rrsq.quantizer.calibration.stream import collect_cache_means
 from rrsq.recipe import KVCache
 from rrsq.runtime.assemble import attach_kv_quantizer, key_rotary
+from rrsq.runtime.decoding import attach_decoder, detach_decoder
 from rrsq.storage import storage_errors
 
 __all__ = ["MEAN_WINDOWS", "measure_key_means", "read_key_means", "replace_cache", "write_key_means"]
@@ -35,6 +36,7 @@ def replace_cache(model: Any, cache: KVCache | None, key_means: Tensor | None) -
     family = family_for(model.config)
     sizes = family.sizes(model.config)
     place = model.get_input_embeddings().weight.device
+    detach_decoder(model)
     for index, layer in enumerate(model.get_submodule(family.layers)):
         attention = layer.get_submodule(family.attention)
         if hasattr(attention, "kv_quantizer"):
@@ -47,6 +49,7 @@ def replace_cache(model: Any, cache: KVCache | None, key_means: Tensor | None) -
             assert key_means is not None
             quantizer.keys.offset.copy_(key_means[index])
         quantizer.to(place)
+    attach_decoder(model)
 
 
 @torch.inference_mode()

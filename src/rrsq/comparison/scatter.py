@@ -89,7 +89,7 @@ def scatter(points: Sequence[Point], levels: Sequence[Level], x: Axis, y: Axis, 
     )
     parts += [_level(level, up, right) for level in levels]
     parts += [_mark(point, across, up) for point in points]
-    names = [_Name(level.label, "level", right, up(level.y)) for level in levels]
+    names = [_Name(f"{level.label}  {_short(level.y)}", "level", right, up(level.y)) for level in levels]
     names += [
         _Name(f"{p.label}  {_short(p.y)}", f"c{p.group % _COLOURS}", across(p.x) + 6, up(p.y)) for p in points
     ]
