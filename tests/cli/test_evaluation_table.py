@@ -46,6 +46,28 @@ def test_eighty_columns_hold_every_number_and_name(monkeypatch: pytest.MonkeyPat
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
 
 
+def test_names_of_a_comparison_stand_whole_in_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
+    monkeypatch.setattr(module, "stdout", console)
+    names = ["full-precision", "full-precision@bfloat16", "rrs-paper-w4a4kv4@kv16"]
+    metrics = (
+        Metric("kl_median", 0.1234, higher_is_better=False, stderr=0.0123, relative=True),
+        Metric("top1", 0.9, higher_is_better=True, stderr=0.001, relative=True),
+    )
+    perplexity = TaskResult("wikitext2", (Metric("perplexity", 10829.4, False),), "c", 1.0, "same")
+    results = [(perplexity,), *[(perplexity, TaskResult("kl", metrics, "c", 1.0, "same"))] * 2]
+    models = [
+        ModelReport(name, "cpu", "float32", None, one) for name, one in zip(names, results, strict=True)
+    ]
+    console.print(evaluation_table(EvaluationReport.of(models)))
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines]
+    assert [sum(name in row for row in rows) for name in names] == [1, 3, 3]
+    assert console.file.getvalue().count("0.1234 ±0.0123") == 2
+
+
 def test_recipes_are_described_whole_in_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     monkeypatch.setattr(recipes_module, "stdout", Console(file=file, width=80, force_terminal=False))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import Result
+from safetensors import safe_open
 from typer.testing import CliRunner
 
 from rrsq.cli.app import app
@@ -17,8 +20,10 @@ from rrsq.comparison import steps as comparison_run
 from rrsq.comparison.model_files import model_fingerprint
 from rrsq.comparison.plan import read_recipes
 from rrsq.errors import RecipeError, UsageError
+from tiny_quantized import load_tiny
 
 RECIPES = "rtn-w4a4,rrs-w4a4kv4"
+CALIBRATION = ("--num-samples", "2", "--calibration-length", "32")
 SMALL = ("--device", "cpu", "--dtype", "float32", "--sequence-length", "64", "--limit", "3")
 
 
@@ -30,8 +35,7 @@ def rrsq_compare(
     model: Path, folder: Path, hub: Path, *more: object, tasks: str = "wikitext2,kl,arc_e"
 ) -> Result:
     options = ("--recipes", RECIPES, "--tasks", tasks, "-o", folder, "--data-root", hub)
-    calibration = ("--num-samples", "2", "--calibration-length", "32")
-    return rrsq("compare", model, *options, *calibration, *SMALL, *more)
+    return rrsq("compare", model, *options, *CALIBRATION, "--no-noise-floor", *SMALL, *more)
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +117,51 @@ def test_report_says_what_was_done(done: Path) -> None:
     report = json.loads((done / "folder" / "report.json").read_text())
     perplexity = values(report["models"][2])["wikitext2", "perplexity"]
     full = values(report["models"][0])["wikitext2", "perplexity"]
-    row = next(line for line in text.splitlines() if line.startswith("| `rrs-w4a4kv4` |"))
+    row = next(line for line in text.splitlines() if line.startswith("| `rrs-w4a4kv4` | 4"))
     assert f"4.26, 4, 4.75 | {perplexity:.4f} (×{perplexity / full:.3f})" in row
     assert "Calibrated on 2 windows of 32 tokens of wikitext2" in text
     assert "rrsq" in report["command"]
     assert report["calibration"]["num_samples"] == 2
     assert report["recipes"]["rtn-w4a4"]["recipe"]["weights"]["method"] == "rtn"
     assert report["recipes"]["rrs-w4a4kv4"]["quantization"]["bytes_after"] > 0
+
+
+def test_the_page_needs_nothing_else(done: Path) -> None:
+    page = (done / "folder" / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|<script|<link|<img|@import|url\(", page)
+    assert "prefers-color-scheme: dark" in page
+    report = json.loads((done / "folder" / "report.json").read_text())
+    # Three tasks over bits a weight and over speed.
+    assert page.count("<svg") == page.count("</svg>") == 6
+    for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        names = [
+            text.text or ""
+            for text in ElementTree.fromstring(svg).iter("text")
+            if "name" in text.attrib["class"]
+        ]
+        assert all(any(recipe in name for name in names) for recipe in RECIPES.split(","))
+    for model in report["models"]:
+        for result in model["results"]:
+            assert f"{result['metrics'][0]['value']:.4f}" in page
+
+
+def test_size_and_speed_are_what_was_measured(done: Path) -> None:
+    report = json.loads((done / "folder" / "report.json").read_text())
+    full, _, ours = report["subjects"]
+    shards = done / "folder" / "rrs-w4a4kv4" / "checkpoint" / "model.safetensors"
+    with safe_open(shards, "pt") as file:
+        stored = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    assert ours["stored_bytes"] == stored
+    model = load_tiny(done / "model")
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert full["stored_bytes"] == 4 * weights
+    assert full["stored_bits_per_weight"] == 32
+    assert ours["stored_bits_per_weight"] == pytest.approx(8 * stored / weights)
+    result = report["models"][2]["results"][0]
+    assert ours["tokens_per_second"] == result["details"]["tokens_per_second"]
+    # Three windows: no batch is three times as slow or fast as their mean on the whole.
+    mean = result["details"]["num_tokens"] / result["details"]["seconds"]
+    assert mean / 4 < ours["tokens_per_second"] < mean * 40
 
 
 def test_nothing_is_done_twice(done: Path, copy: Path, tiny_task_hub: Path, steps: list[str]) -> None:

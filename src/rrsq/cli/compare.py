@@ -40,6 +40,8 @@ CALIBRATION = "Calibration"
 EXAMPLES = examples(
     "rrsq compare HuggingFaceTB/SmolLM2-135M --recipes rtn-w4a4,quarot-w4a4kv4,rrs-w4a4kv4 "
     "--tasks wikitext2,kl,arc_e -o compared/",
+    "rrsq compare ./model --recipes quarot-w4a4kv4,rrs-w4a4kv4 --tasks wikitext2,kl --caches own,16,4 "
+    "-o compared/",
     "rrsq compare ./model --recipes rrs-w4a8kv4,mine.yaml --tasks wikitext2 --limit 24 -o compared/",
 )
 
@@ -105,6 +107,35 @@ def compare(
         int,
         typer.Option(min=0, help="Of the random signs and the windows' places.", rich_help_panel=CALIBRATION),
     ] = 0,
+    caches: Annotated[
+        str,
+        typer.Option(
+            metavar="CACHE[,CACHE...]",
+            help="KV caches to measure each recipe with. [bold]own[/bold]: the recipe's. [bold]16[/bold]: "
+            "not quantized, so that weights and activations are compared by themselves. [bold]4[/bold]: that "
+            "of rrs-w4a4kv4, the default recipe, and with it the full-precision model too, which shows what "
+            "the cache alone costs. Weights are quantized once, by the recipe as it is. Example: own,16,4.",
+            rich_help_panel=DATA,
+        ),
+    ] = "own",
+    noise_floor: Annotated[
+        bool,
+        typer.Option(
+            help="Also measure the full-precision model in another rounding (bfloat16 if the others are "
+            "measured in float32, else float32) on the tasks over windows: what differs less from full "
+            "precision than it does cannot be told from rounding.",
+            rich_help_panel=DATA,
+        ),
+    ] = True,
+    bench: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A file of 'rrsq bench --whole --model FOLDER/RECIPE/checkpoint --json FILE', whose speeds "
+            "and memory the report shows too; may be given several times.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     batch_size: BatchSize = "auto",
     device: Device = DeviceName.AUTO,
     dtype: Annotated[
@@ -116,14 +147,17 @@ def compare(
 
     The calibration text is the same for all. Each finished quantization and each finished task is kept in
     FOLDER and not done again, unless the model, the recipe, the data or an option has changed. All results
-    are in FOLDER/report.md and FOLDER/report.json; the checkpoints in FOLDER/RECIPE/checkpoint may be deleted
-    then.
+    are in FOLDER/report.html, with pictures, report.md and report.json; the checkpoints in
+    FOLDER/RECIPE/checkpoint may be deleted then.
     """
     size = parse_batch_size(batch_size)
 
+    from rrsq.comparison.benchmarks import read_benchmarks
+    from rrsq.comparison.document import html, markdown
     from rrsq.comparison.plan import ComparisonPlan, read_recipes
     from rrsq.comparison.steps import compare as run_comparison
-    from rrsq.comparison.write_up import comparison_markdown, comparison_to_dict
+    from rrsq.comparison.subjects import read_caches
+    from rrsq.comparison.write_up import comparison_document, comparison_to_dict
     from rrsq.evaluation.scores import jsonable, write_json, write_text
     from rrsq.evaluation.tasks import TaskOptions, parse_tasks
     from rrsq.quantizer.production.produce import CalibrationText
@@ -143,18 +177,23 @@ def compare(
             data_root=data_root,
         ),
         calibration=CalibrationText(calibration_data, num_samples, calibration_length, seed, bos.value),
+        caches=read_caches(caches),
+        noise_floor=noise_floor,
         device=resolve_device(device),
         dtype=dtype.value,
     )
+    benchmarks = read_benchmarks(bench or [], list(plan.recipes))
     with progress_bar() as progress:
         bars = _Bars(progress)
         comparison = run_comparison(plan, bars.listener())
         bars.finish()
     command = shlex.join(["rrsq", *sys.argv[1:]])
-    write_json(output / "report.json", jsonable(comparison_to_dict(comparison, plan, command)))
-    write_text(output / "report.md", comparison_markdown(comparison, plan, command))
+    write_json(output / "report.json", jsonable(comparison_to_dict(comparison, plan, command, benchmarks)))
+    document = comparison_document(comparison, plan, command, benchmarks)
+    write_text(output / "report.md", markdown(document))
+    write_text(output / "report.html", html(document))
     print_report(comparison.report)
-    print_note(f"Wrote {output / 'report.md'} and {output / 'report.json'}")
+    print_note(f"Wrote report.html, report.md and report.json to {output}")
 
 
 class _Bars:

@@ -40,6 +40,7 @@ EXAMPLES = examples(
     "rrsq eval HuggingFaceTB/SmolLM2-135M out/ --tasks wikitext2,kl,arc_e,arc_c,boolq,obqa",
     "rrsq eval out/ --tasks hellaswag,mmlu --num-fewshot 5 --limit 100",
     "rrsq eval out/ --engine vllm --tasks wikitext2,arc_e",
+    "rrsq eval model/ out/ --tasks wikitext2,kl --update-card out/",
     "rrsq eval model/ w4a8/ w4a4/ --tasks wikitext2,text:notes.txt --data-root ~/data --json result.json",
 )
 
@@ -125,6 +126,15 @@ def evaluate(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    update_card: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OUT",
+            help="Also write the result into the model card (README.md) of this checkpoint, one of the "
+            "MODELs, in the place of earlier results; may be given several times.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
 ) -> None:
     """Measure models, quantized or not, and what quantization cost.
 
@@ -141,9 +151,14 @@ def evaluate(
     check_output_file("--json", json_path)
     refuse_for_engine(context, engine, "batch_size")
     size = parse_batch_size(batch_size)
+    named = models if baseline is None else [baseline, *models]
+    if update_card:
+        from rrsq.evaluation.card import check_cards
+
+        check_cards(update_card, named)
 
     report = evaluate_and_print(
-        models if baseline is None else [baseline, *models],
+        named,
         tasks,
         engine=engine.value,
         tensor_parallel_size=tensor_parallel_size,
@@ -162,6 +177,11 @@ def evaluate(
 
         write_json(json_path, report.to_dict())
         print_note(f"Wrote {json_path}")
+    if update_card:
+        from rrsq.evaluation.card import update_cards
+
+        for card in update_cards(update_card, report):
+            print_note(f"Wrote {card}")
 
 
 def evaluate_and_print(models: list[str], tasks: str, **options: Any) -> EvaluationReport:

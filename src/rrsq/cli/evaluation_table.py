@@ -13,6 +13,8 @@ __all__ = ["evaluation_table", "short_names"]
 
 WIDE = 100
 """Columns from which names stand unfolded."""
+NARROW_TASK = 14
+"""Columns that a task's name gets below that."""
 
 
 def evaluation_table(report: EvaluationReport) -> Table:
@@ -23,7 +25,8 @@ def evaluation_table(report: EvaluationReport) -> Table:
     first = report.models[0]
     compared = report.reference is not None
     names = short_names([model.model for model in report.models])
-    longest = max(map(len, names.values()))
+    by_task = [_task_rows(report, task, names) for task in report.tasks()]
+    last = ("change", "recovery") if compared else ("time",)
     table = Table(
         title=f"{first.device}, {first.dtype}",
         title_justify="left",
@@ -33,17 +36,29 @@ def evaluation_table(report: EvaluationReport) -> Table:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("task", overflow="fold", max_width=24 if stdout.width >= WIDE else 14)
+    table.add_column("task", overflow="fold", max_width=24 if stdout.width >= WIDE else NARROW_TASK)
     table.add_column("metric", no_wrap=True)
-    table.add_column("model", overflow="fold", width=longest if stdout.width >= WIDE else min(longest, 20))
+    table.add_column("model", overflow="fold", width=_name_width(by_task, last))
     table.add_column("value", justify="right", no_wrap=True)
-    for name in ("change", "recovery") if compared else ("time",):
+    for name in last:
         table.add_column(name, justify="right", no_wrap=True)
-    for task in report.tasks():
-        for row in _task_rows(report, task, names):
+    for rows in by_task:
+        for row in rows:
             table.add_row(*map(Text, row))
         table.add_section()
     return table
+
+
+def _name_width(by_task: list[list[list[str]]], last: tuple[str, ...]) -> int:
+    """Columns for names: all they need, or what the numbers leave of a narrow terminal, 20 at least."""
+    headings = ["task", "metric", "model", "value", *last]
+    columns = list(zip(headings, *(row for rows in by_task for row in rows), strict=True))
+    task, *widths = (max(map(len, column)) for column in columns)
+    longest = widths.pop(1)
+    if stdout.width >= WIDE:
+        return longest
+    left = stdout.width - min(task, NARROW_TASK) - sum(widths) - len(headings)
+    return min(longest, max(left, 20))
 
 
 def short_names(paths: list[str]) -> dict[str, str]:

@@ -3,11 +3,14 @@
 ::
 
     folder/comparison.json                  which model this folder is for
-    folder/report.md, report.json           the result
+    folder/report.html, .md, .json          the result
     folder/full-precision/results.json      what each task gave
+    folder/full-precision/converted/        what a GGUF file was converted to
+    folder/full-precision/key-means.safetensors
     folder/<recipe>/checkpoint/             an ordinary checkpoint
     folder/<recipe>/quantization.json       what it was made of, and how that went
     folder/<recipe>/results.json
+    folder/<recipe>@kv16/results.json       the same checkpoint with another KV cache
     folder/lock                             while a process is at work
 """
 

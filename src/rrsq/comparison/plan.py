@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rrsq.comparison.folder import FULL_PRECISION
+from rrsq.comparison.subjects import CacheChoice
 from rrsq.errors import UsageError
 from rrsq.evaluation.tasks import Task, TaskOptions
 from rrsq.quantizer.production.produce import CalibrationText
@@ -29,6 +30,10 @@ class ComparisonPlan:
     tasks: Sequence[Task]
     options: TaskOptions
     calibration: CalibrationText
+    caches: tuple[CacheChoice, ...] = ("own",)
+    """The KV caches to measure each recipe with."""
+    noise_floor: bool = True
+    """Whether the full-precision model is measured in another rounding too."""
     device: str = "cpu"
     dtype: str = "auto"
 

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrsq import __version__
+from rrsq.comparison.cache import (
+    MEAN_WINDOWS,
+    measure_key_means,
+    read_key_means,
+    replace_cache,
+    write_key_means,
+)
 from rrsq.comparison.folder import FULL_PRECISION, ComparisonFolder, Target
 from rrsq.comparison.model_files import digest, model_fingerprint, model_identity
 from rrsq.comparison.plan import ComparisonPlan
+from rrsq.comparison.source import Source
+from rrsq.comparison.subjects import Subject, cache_of, subjects
+from rrsq.evaluation.reference import Reference
 from rrsq.evaluation.results import TaskResult
 from rrsq.evaluation.run import prepare_tasks, release_memory, run_tasks
 from rrsq.evaluation.scores import EvaluationReport, ModelReport, library_versions
 from rrsq.evaluation.tasks import Task, TaskOptions
+from rrsq.quantizer.checks import check_rope
 from rrsq.quantizer.needs import needs_calibration
 from rrsq.quantizer.production.produce import (
     Calibration,
@@ -22,12 +34,13 @@ from rrsq.quantizer.production.produce import (
     load_calibration,
     produce_checkpoint,
 )
-from rrsq.recipe import Recipe
+from rrsq.recipe import KVCache, Recipe
 from rrsq.runtime.format.format import CalibrationInfo
-from rrsq.runtime.format.loading import load_model, load_tokenizer
+from rrsq.runtime.format.loading import load_config, load_model, load_tokenizer
 from rrsq.work_folder import changed
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Comparison", "Listener", "compare"]
@@ -54,11 +67,15 @@ class Comparison:
     """A finished comparison."""
 
     report: EvaluationReport
-    """The full-precision model first; the others go by the names of their recipes."""
+    """The full-precision model first; the others go by the names of :attr:`subjects`."""
+    subjects: Sequence[Subject]
+    """What was measured, in the order of the report."""
     recipes: Mapping[str, Recipe]
     quantizations: Mapping[str, Mapping[str, Any]]
     """By recipe, the report of its quantization."""
     calibration: CalibrationInfo | None
+    source_dtype: str
+    """Of the weights of the model that was quantized."""
 
 
 def compare(plan: ComparisonPlan, listener: Listener = Listener()) -> Comparison:
@@ -83,32 +100,80 @@ class _Run:
 
     def execute(self) -> Comparison:
         plan = self.plan
-        family = check_source(plan.model, plan.options.data_root)
+        root = plan.options.data_root
+        family = check_source(plan.model, root)
+        self._check_caches()
         self.listener.preparing("tasks, tokenizer and calibration text")
         prepare_tasks(plan.tasks, plan.options)
-        tokenizer = load_tokenizer(plan.model, plan.options.data_root)
+        tokenizer = load_tokenizer(plan.model, root)
         calibration = None
-        if any(needs_calibration(recipe) for recipe in plan.recipes.values()):
-            calibration = load_calibration(tokenizer, family, plan.calibration, plan.options.data_root)
+        if "4" in plan.caches or any(needs_calibration(recipe) for recipe in plan.recipes.values()):
+            calibration = load_calibration(tokenizer, family, plan.calibration, root)
         self.listener.preparing("fingerprint of the model")
-        model = model_fingerprint(plan.model, plan.options.data_root)
-        steps = [_Step(FULL_PRECISION, self.folder.target(FULL_PRECISION), {"model": model})]
-        steps += [
-            _Step(name, self.folder.target(name), self._made_of(model, recipe, calibration), recipe)
-            for name, recipe in plan.recipes.items()
+        model = model_fingerprint(plan.model, root)
+        source = Source(plan.model, model, self.folder.target(FULL_PRECISION).folder / "converted", root)
+        steps = [
+            self._step(subject, model, calibration)
+            for subject in subjects(plan.recipes, plan.caches, self._floor_dtype(source))
         ]
         for step in steps:
             self._find_missing(step, model)
-        for step in steps[1:]:
-            if step.missing:
-                self._quantize(step, tokenizer, calibration)
-        self._evaluate(steps)
+        if source.needs_conversion and any(step.missing for step in steps):
+            self.listener.preparing("converting the GGUF file")
+            source.convert()
+        for name, recipe in plan.recipes.items():
+            if any(step.missing for step in steps if step.subject.recipe == name):
+                made_of = self._made_of(model, recipe, calibration)
+                self._quantize(name, recipe, made_of, source, tokenizer, calibration)
+        self._evaluate(steps, source, calibration)
         return Comparison(
             report=EvaluationReport.of([self._report(step) for step in steps]),
+            subjects=[step.subject for step in steps],
             recipes=plan.recipes,
-            quantizations={step.name: step.target.quantization().get("report", {}) for step in steps[1:]},
+            quantizations={
+                name: self.folder.target(name).quantization().get("report", {}) for name in plan.recipes
+            },
             calibration=None if calibration is None else calibration.info,
+            source_dtype=source.dtype(),
         )
+
+    def _check_caches(self) -> None:
+        """Refuse a cache that does not go with the model, before anything is done."""
+        config = load_config(self.plan.model, self.plan.options.data_root)
+        if "4" in self.plan.caches:
+            check_rope(config, Recipe(kv_cache=cache_of("4", None)))
+
+    def _floor_dtype(self, source: Source) -> str | None:
+        """Another rounding than the one that is measured in: coarser if that is the finest."""
+        if not self.plan.noise_floor:
+            return None
+        dtype = source.dtype() if self.plan.dtype == "auto" else self.plan.dtype
+        return "bfloat16" if dtype == "float32" else "float32"
+
+    def _step(self, subject: Subject, model: str, calibration: Calibration | None) -> _Step:
+        target = self.folder.target(subject.name)
+        if subject.recipe is None:
+            made_of: dict[str, Any] = {"model": model}
+        else:
+            recipe = self.plan.recipes[subject.recipe]
+            made_of = {"checkpoint": digest(self._made_of(model, recipe, calibration))}
+        if subject.cache != "own":
+            made_of["cache"] = None if subject.cache is None else subject.cache.model_dump(mode="json")
+        if isinstance(subject.cache, KVCache):
+            made_of["key_means"] = digest(self._key_means_of(model, calibration))
+        return _Step(subject, target, made_of)
+
+    def _key_means_of(self, model: str, calibration: Calibration | None) -> dict[str, Any]:
+        """What the mean keys depend on."""
+        assert calibration is not None
+        return {
+            "model": model,
+            "calibration": calibration.info.fingerprint,
+            "windows": MEAN_WINDOWS,
+            "device": self.plan.device,
+            "dtype": self.plan.dtype,
+            "rrsq": __version__,
+        }
 
     def _made_of(self, model: str, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
         """What a checkpoint depends on."""
@@ -123,15 +188,17 @@ class _Run:
 
     def _find_missing(self, step: _Step, model: str) -> None:
         """Set what each task's result depends on, and which results are not there."""
-        plan = self.plan
+        plan, subject = self.plan, step.subject
         versions = library_versions()
         finished = step.target.results().get("tasks", {})
         for task in plan.tasks:
-            if task.needs_reference and step.recipe is None:
+            if task.needs_reference and subject.name == FULL_PRECISION:
+                continue
+            if subject.is_floor and not task.over_windows:
                 continue
             for name, data in task.data_keys().items():
                 step.inputs[name] = {
-                    **({"checkpoint": digest(step.made_of)} if step.recipe else {"model": model}),
+                    **step.made_of,
                     **({"reference": model} if task.needs_reference else {}),
                     "data": data,
                     "limit": plan.options.limit,
@@ -140,7 +207,8 @@ class _Run:
                     "num_fewshot": plan.options.num_fewshot,
                     "batch_size": plan.options.batch_size,
                     "device": plan.device,
-                    "dtype": plan.dtype,
+                    "dtype": subject.dtype or plan.dtype,
+                    **({"reference_dtype": plan.dtype} if subject.is_floor else {}),
                     "versions": {library: versions[library] for library in VERSIONS},
                 }
                 record = finished.get(name)
@@ -148,56 +216,97 @@ class _Run:
                     step.missing.append(name)
                     if record is not None:
                         names = ", ".join(changed(record["inputs"], step.inputs[name]))
-                        self.listener.note(f"{step.name}: {name} is measured again; changed: {names}")
-        if not step.missing:
-            self.listener.note(f"{step.name}: all tasks are measured already")
+                        self.listener.note(f"{subject.name}: {name} is measured again; changed: {names}")
+        if step.inputs and not step.missing:
+            self.listener.note(f"{subject.name}: all tasks are measured already")
 
     def _quantize(
-        self, step: _Step, tokenizer: PreTrainedTokenizerBase, calibration: Calibration | None
+        self,
+        name: str,
+        recipe: Recipe,
+        made_of: dict[str, Any],
+        source: Source,
+        tokenizer: PreTrainedTokenizerBase,
+        calibration: Calibration | None,
     ) -> None:
         """Make a checkpoint, unless it is there and made of the same."""
-        assert step.recipe is not None
-        record = step.target.quantization()
-        if (step.target.checkpoint / "config.json").is_file() and record.get("made_of") == step.made_of:
-            self.listener.note(f"{step.name}: quantized already")
+        target = self.folder.target(name)
+        record = target.quantization()
+        if (target.checkpoint / "config.json").is_file() and record.get("made_of") == made_of:
+            self.listener.note(f"{name}: quantized already")
             return
         if record:
-            names = ", ".join(changed(record["made_of"], step.made_of)) or "the checkpoint is gone"
-            self.listener.note(f"{step.name}: quantized again; changed: {names}")
-        step.target.folder.mkdir(parents=True, exist_ok=True)
+            names = ", ".join(changed(record["made_of"], made_of)) or "the checkpoint is gone"
+            self.listener.note(f"{name}: quantized again; changed: {names}")
+        target.folder.mkdir(parents=True, exist_ok=True)
         produced = produce_checkpoint(
-            self.plan.model,
-            step.recipe,
-            OutputOptions(step.target.checkpoint, overwrite=True),
+            source.path,
+            recipe,
+            OutputOptions(target.checkpoint, overwrite=True),
             tokenizer,
-            calibration if needs_calibration(step.recipe) else None,
+            calibration if needs_calibration(recipe) else None,
             seed=self.plan.seed,
             device=self.plan.device,
             data_root=self.plan.options.data_root,
-            on_step=lambda *call: self.listener.quantizing(step.name, *call),
+            on_step=lambda *call: self.listener.quantizing(name, *call),
         )
         report = {**produced.report.to_dict(), "fallbacks": produced.report.fallbacks}
-        step.target.store_quantization({"made_of": step.made_of, "report": report})
+        target.store_quantization({"made_of": made_of, "report": report})
         release_memory()
 
-    def _evaluate(self, steps: Sequence[_Step]) -> None:
-        """Measure what is missing; the full-precision model stays loaded while a task compares with it."""
+    def _evaluate(self, steps: Sequence[_Step], source: Source, calibration: Calibration | None) -> None:
+        """Measure what is missing.
+
+        The full-precision model comes first. It stays while a task compares with it, and says what mean keys
+        there are where a cache takes them off that it was not made with.
+        """
         relative = {name for task in self.plan.tasks if task.needs_reference for name in task.names}
         keep = any(relative & set(step.missing) for step in steps)
-        reference: PreTrainedModel | None = None
+        key_means, needs_means = (
+            None,
+            any(step.missing and isinstance(step.subject.cache, KVCache) for step in steps),
+        )
+        if needs_means:
+            made_of = digest(self._key_means_of(source.fingerprint, calibration))
+            key_means = read_key_means(self._key_means_path, made_of)
+        reference: Reference | None = None
         for step in steps:
-            if not step.missing and not (keep and step.recipe is None):
+            subject = step.subject
+            is_reference = subject.name == FULL_PRECISION
+            measures_means = is_reference and needs_means and key_means is None
+            if not step.missing and not (is_reference and keep) and not measures_means:
                 continue
-            path = self.plan.model if step.recipe is None else str(step.target.checkpoint)
-            self.listener.evaluating(step.name, "loading", 0, 0, "")
+            path = source.path if subject.recipe is None else str(self._checkpoint(subject.recipe))
+            self.listener.evaluating(subject.name, "loading", 0, 0, "")
             root = self.plan.options.data_root
             tokenizer = load_tokenizer(path, root)
-            model = load_model(path, device=self.plan.device, dtype=self.plan.dtype, data_root=root)
+            dtype = subject.dtype or self.plan.dtype
+            model = load_model(path, device=self.plan.device, dtype=dtype, data_root=root)
+            if measures_means:
+                self.listener.evaluating(subject.name, "mean keys", 0, 0, "")
+                key_means = self._measure_key_means(model, source, calibration)
+            if subject.cache != "own":
+                replace_cache(model, subject.cache, key_means)
             self._measure(step, model, tokenizer, replace(self.plan.options, reference=reference))
-            if keep and step.recipe is None:
-                reference = model
+            if keep and is_reference:
+                reference = Reference(model)
             del model
             release_memory()
+
+    def _checkpoint(self, recipe: str) -> Path:
+        return self.folder.target(recipe).checkpoint
+
+    def _measure_key_means(self, model: Any, source: Source, calibration: Calibration | None) -> Tensor:
+        assert calibration is not None
+        assert calibration.windows is not None
+        means = measure_key_means(model, calibration.windows)
+        made_of = digest(self._key_means_of(source.fingerprint, calibration))
+        write_key_means(self._key_means_path, means, made_of)
+        return means
+
+    @property
+    def _key_means_path(self) -> Path:
+        return self.folder.target(FULL_PRECISION).folder / "key-means.safetensors"
 
     def _measure(
         self,
@@ -207,13 +316,15 @@ class _Run:
         options: TaskOptions,
     ) -> None:
         """Run the missing tasks one after the other, and keep each result as soon as it is there."""
-        described = asdict(ModelReport.of(step.name, model, ()))
+        described = asdict(ModelReport.of(step.subject.name, model, ()))
         for task in self.plan.tasks:
             names = [name for name in task.names if name in step.missing]
             if not names:
                 continue
             selected: Task = task.select(names)
-            measured = run_tasks(step.name, model, tokenizer, [selected], options, self.listener.evaluating)
+            measured = run_tasks(
+                step.subject.name, model, tokenizer, [selected], options, self.listener.evaluating
+            )
             finished = step.target.results().get("tasks", {})
             for name in names:
                 results = [result.to_dict() for result in measured[name]]
@@ -235,10 +346,9 @@ class _Run:
 class _Step:
     """One model of the comparison, and what of it is still to be measured."""
 
-    name: str
+    subject: Subject
     target: Target
     made_of: dict[str, Any]
-    recipe: Recipe | None = None
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By task, what its result depends on."""
     missing: list[str] = field(default_factory=list)

@@ -13,6 +13,8 @@ from rrsq.evaluation.text_windows import TextTask
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rrsq.evaluation.divergence import Estimate
+
 __all__ = ["TextDivergence"]
 
 
@@ -35,11 +37,11 @@ class TextDivergence(TextTask):
         reference = options.reference
         if reference is None:
             raise UsageError(f"Task '{self.name}' compares a model with a reference, and none was given.")
-        sizes = [one.config.get_text_config().vocab_size for one in (reference, model)]
-        if sizes[0] != sizes[1]:
+        vocabulary = model.config.get_text_config().vocab_size
+        if reference.vocabulary != vocabulary:
             raise UsageError(
-                f"Task '{self.name}' needs two models of one vocabulary; the reference's has {sizes[0]} "
-                f"entries and the model's {sizes[1]}."
+                f"Task '{self.name}' needs two models of one vocabulary; the reference's has "
+                f"{reference.vocabulary} entries and the model's {vocabulary}."
             )
         windows, convention = self.windows(model, tokenizer, options)
         report = options.on_progress
@@ -54,18 +56,25 @@ class TextDivergence(TextTask):
         measured = TaskResult(
             task=self.name,
             metrics=(
-                Metric("kl_mean", result.mean, higher_is_better=False, relative=True),
-                Metric("kl_p99", result.percentile_99, higher_is_better=False, relative=True),
-                Metric("top1", result.top1_agreement, higher_is_better=True, relative=True),
+                _metric("kl_mean", result.mean),
+                _metric("kl_median", result.median),
+                _metric("kl_p90", result.percentile_90),
+                _metric("kl_p99", result.percentile_99),
+                _metric("top1", result.top1_agreement, higher_is_better=True),
             ),
             convention=f"{convention}; KL(reference || model) in "
-            "nats of each next-token distribution, its mean and its 99th percentile over all predicted "
-            "tokens; the fraction of them whose likeliest token is the reference's.",
+            "nats of each next-token distribution, its mean, median, 90th and 99th percentile over all "
+            "predicted tokens; the fraction of them whose likeliest token is the reference's; standard "
+            "errors over windows.",
             seconds=result.seconds,
             data_fingerprint=data_fingerprint(windows),
             details=asdict(result),
         )
         return {self.name: [measured]}
+
+
+def _metric(name: str, estimate: Estimate, *, higher_is_better: bool = False) -> Metric:
+    return Metric(name, estimate.value, higher_is_better, stderr=estimate.stderr, relative=True)
 
 
 @register_task("kl", argument="FILE", default="wikitext2")

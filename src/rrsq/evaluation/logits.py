@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-__all__ = ["LOGITS_PER_CHUNK", "logit_chunks"]
+__all__ = ["LOGITS_PER_CHUNK", "final_states", "head_chunks", "logit_chunks"]
 
 # 2**25 float32 logits are 128 MiB: 220 positions of a 152k vocabulary at a time.
 LOGITS_PER_CHUNK = 2**25
@@ -29,17 +29,36 @@ def logit_chunks(
         logits_per_chunk: positions times vocabulary, at most.
     """
     targets = token_ids[:, 1:].flatten()
-    head = model.get_output_embeddings()
-    if head is None or _transforms_logits(model):
+    states = final_states(model, token_ids)
+    if states is None:
         logits = model(input_ids=token_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         positions = max(1, logits_per_chunk // logits.shape[-1])
         yield from zip(logits.split(positions), targets.split(positions), strict=True)
         return
-    hidden = model.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state
-    hidden = hidden[:, :-1].flatten(0, 1)
-    positions = max(1, logits_per_chunk // model.config.get_text_config().vocab_size)
-    for rows, predicted in zip(hidden.split(positions), targets.split(positions), strict=True):
-        yield head(rows), predicted
+    chunks = head_chunks(model, states, logits_per_chunk)
+    yield from zip(chunks, targets.split(_positions(model, logits_per_chunk)), strict=True)
+
+
+def final_states(model: PreTrainedModel, token_ids: Tensor) -> Tensor | None:
+    """What the output head reads, ``[windows, tokens, hidden]``.
+
+    None, and nothing is run, where a family's own forward pass makes more of it than the head does.
+    """
+    if model.get_output_embeddings() is None or _transforms_logits(model):
+        return None
+    states: Tensor = model.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state
+    return states
+
+
+def head_chunks(model: PreTrainedModel, states: Tensor, logits_per_chunk: int) -> Iterator[Tensor]:
+    """The logits of :func:`logit_chunks`, of what :func:`final_states` gave."""
+    head = model.get_output_embeddings()
+    for rows in states[:, :-1].flatten(0, 1).split(_positions(model, logits_per_chunk)):
+        yield head(rows)
+
+
+def _positions(model: PreTrainedModel, logits_per_chunk: int) -> int:
+    return max(1, logits_per_chunk // model.config.get_text_config().vocab_size)
 
 
 def _transforms_logits(model: PreTrainedModel) -> bool:

@@ -8,6 +8,7 @@ all predicted tokens of all windows.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class PerplexityResult:
     num_tokens: int
     """Predicted tokens: one less than the sequence length in each window."""
     seconds: float
+    tokens_per_second: float
+    """Predicted tokens over time, of the median batch: the first one may have compiled its kernels."""
 
 
 @torch.inference_mode()
@@ -62,7 +65,7 @@ def perplexity(
         raise ValueError(f"windows must be [n >= 1, sequence_length >= 2], not {list(windows.shape)}")
     check_token_ids(model, windows)
     num_windows, sequence_length = windows.shape
-    started = time.perf_counter()
+    clock = _Clock()
     total = 0.0
     done = 0
     for batch in windows.split(batch_size):
@@ -70,10 +73,11 @@ def perplexity(
         for logits, targets in logit_chunks(model, token_ids, logits_per_chunk):
             losses = cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
             total += losses.double().sum().item()
+        clock.finished(len(batch) * (sequence_length - 1))
         done += len(batch)
         if on_progress is not None:
             on_progress(done, num_windows, _exp(total / (done * (sequence_length - 1))))
-    return _result(windows, total, started)
+    return _result(windows, total, clock)
 
 
 def perplexity_by(
@@ -91,7 +95,7 @@ def perplexity_by(
         batch_size: windows that it is given at a time.
         on_progress: told of progress.
     """
-    started = time.perf_counter()
+    clock = _Clock()
     total = 0.0
     done = 0
     for batch in windows.split(batch_size):
@@ -99,13 +103,28 @@ def perplexity_by(
         if losses.shape != (len(batch), windows.shape[1] - 1):
             raise ValueError(f"{list(losses.shape)} log-probabilities came for windows {list(batch.shape)}")
         total -= losses.sum().item()
+        clock.finished(losses.numel())
         done += len(batch)
         if on_progress is not None:
             on_progress(done, len(windows), _exp(total / (done * losses.shape[1])))
-    return _result(windows, total, started)
+    return _result(windows, total, clock)
 
 
-def _result(windows: Tensor, total: float, started: float) -> PerplexityResult:
+class _Clock:
+    """Takes the time of each batch; a result must have been read of it."""
+
+    def __init__(self) -> None:
+        self.started = self._last = time.perf_counter()
+        self.rates: list[float] = []
+
+    def finished(self, tokens: int) -> None:
+        """A batch of so many predicted tokens is done."""
+        now = time.perf_counter()
+        self.rates.append(tokens / max(now - self._last, 1e-9))
+        self._last = now
+
+
+def _result(windows: Tensor, total: float, clock: _Clock) -> PerplexityResult:
     num_windows, sequence_length = windows.shape
     num_tokens = num_windows * (sequence_length - 1)
     mean_nll = total / num_tokens
@@ -115,7 +134,8 @@ def _result(windows: Tensor, total: float, started: float) -> PerplexityResult:
         num_windows=num_windows,
         sequence_length=sequence_length,
         num_tokens=num_tokens,
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - clock.started,
+        tokens_per_second=statistics.median(clock.rates),
     )
 
 

@@ -16,6 +16,8 @@ from rrsq.evaluation.vocabulary import require_same_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rrsq.evaluation.reference import Reference
+
 __all__ = [
     "StepCallback",
     "check_comparison",
@@ -78,6 +80,7 @@ def evaluate_models(
     """Run prepared tasks on one model after the other.
 
     Only one model is held at a time, unless a task needs the first one, the reference, beside the others.
+    The reference runs once over each text.
 
     Args:
         models: paths or Hub ids, the reference first.
@@ -86,11 +89,12 @@ def evaluate_models(
         device, dtype: as :func:`load_model` takes them.
         on_step: told of progress.
     """
+    from rrsq.evaluation.reference import Reference
     from rrsq.runtime.format.loading import load_model, load_tokenizer
 
     keep = len(models) > 1 and any(task.needs_reference for task in tasks)
     reports: list[ModelReport] = []
-    reference: PreTrainedModel | None = None
+    reference: Reference | None = None
     for index, path in enumerate(models):
         on_step(path, "loading", 0, 0, "")
         tokenizer = load_tokenizer(path, data_root=options.data_root)
@@ -99,7 +103,7 @@ def evaluate_models(
         results = tuple(result for several in measured.values() for result in several)
         reports.append(ModelReport.of(path, model, results))
         if keep and index == 0:
-            reference = model
+            reference = Reference(model)
         del model
         release_memory()
     return reports

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "ACCURACIES",
+    "AVERAGE",
     "Difference",
     "EvaluationReport",
     "ModelReport",

@@ -20,6 +20,7 @@ from rrsq.evaluation.results import TaskResult
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rrsq.evaluation.reference import Reference
     from rrsq.quantizer.calibration.windows import BosChoice
 
 __all__ = ["Task", "TaskKind", "TaskOptions", "parse_tasks", "register_task", "task_kinds"]
@@ -44,8 +45,8 @@ class TaskOptions:
     """Solved examples before each question; None: what lm-eval's task says, mostly none."""
     data_root: Path | None = None
     """Folder laid out like the Hub, looked in before it."""
-    reference: PreTrainedModel | None = None
-    """The loaded model that this one is compared with; set only for tasks that need it."""
+    reference: Reference | None = None
+    """The model that this one is compared with; set only for tasks that need it."""
     on_progress: Callable[[int, int, str], None] | None = None
     """Called with the items done, the items in all, and the result so far in words."""
 
@@ -60,6 +61,10 @@ class Task(Protocol):
     @property
     def needs_reference(self) -> bool:
         """Whether it compares with a reference model, which it is then not run on itself."""
+
+    @property
+    def over_windows(self) -> bool:
+        """Whether it reads a text in windows, rather than asking questions."""
 
     def prepare(self, options: TaskOptions) -> None:
         """Fetch the data, so that a missing file is found before a model is loaded."""

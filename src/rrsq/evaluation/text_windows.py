@@ -33,6 +33,7 @@ class TextTask:
     name: str
     source: str
     needs_reference: ClassVar[bool] = False
+    over_windows: ClassVar[bool] = True
     _documents: list[str] = field(init=False, repr=False, default_factory=list)
 
     @property

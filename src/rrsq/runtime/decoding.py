@@ -29,7 +29,7 @@ from .kv_cache.attention import use_attention
 from .kv_cache.quantizer import KVQuantizer
 from .kv_cache.static import CodesLayer, Storage, enough
 
-__all__ = ["Decoder", "attach_decoder"]
+__all__ = ["Decoder", "attach_decoder", "detach_decoder"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,12 @@ def attach_decoder(model: Any) -> None:
     if quantizers:
         use_attention(model.config.get_text_config())
         model.forward = Decoder(model, quantizers)
+
+
+def detach_decoder(model: Any) -> None:
+    """Undo :func:`attach_decoder`: what follows is decoded by the model's own forward pass."""
+    if isinstance(vars(model).get("forward"), Decoder):
+        del model.forward
 
 
 @dataclass

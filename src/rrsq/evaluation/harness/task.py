@@ -37,6 +37,7 @@ class HarnessTasks:
     """
 
     needs_reference = False
+    over_windows = False
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names

@@ -318,7 +318,12 @@ class KVQuantizer(nn.Module):
         """Become a submodule of ``attention`` and hook its forward pass."""
         attention.kv_quantizer = self
         self._config = getattr(attention, "config", None)
-        attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+        self._hook = attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+
+    def detach(self, attention: nn.Module) -> None:
+        """Undo :meth:`attach`: the attention's cache stays in 16 bits from now on."""
+        self._hook.remove()
+        del attention.kv_quantizer
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """Everything a cache stores of new tokens; the token dimension is always the last but one.
