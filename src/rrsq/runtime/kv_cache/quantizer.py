@@ -48,6 +48,7 @@ class CacheScheme:
     zero_point: bool
     rotate: bool
     offset: bool
+    signed: bool = False
 
 
 @functools.lru_cache(maxsize=16)
@@ -109,7 +110,10 @@ class CacheTensorQuantizer(nn.Module):
         x = x.float()
         if self.scheme.rotate:
             x = x @ _head_rotation(self.head_dim, x.device)
-        codes, scale, minimum = encode_cache(x, self.scheme.bits, self.group_size, self.scheme.zero_point)
+        scheme = self.scheme
+        codes, scale, minimum = encode_cache(
+            x, scheme.bits, self.group_size, scheme.zero_point, scheme.signed
+        )
         stored = {"codes": codes, "scale": scale}
         return stored if minimum is None else {**stored, "minimum": minimum}
 
@@ -168,7 +172,8 @@ class KVQuantizer(nn.Module):
         self, pages: CachePages, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor | None
     ) -> None:
         """Store new tokens; see :func:`rrsq.kernels.cache_append`."""
-        kernels.cache_append(keys, values, *pages, slots, positions, *self.constants(keys.device))
+        signed = self.keys.scheme.signed, self.values.scheme.signed
+        kernels.cache_append(keys, values, *pages, slots, positions, *self.constants(keys.device), *signed)
 
     def attend(
         self,
