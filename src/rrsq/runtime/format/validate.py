@@ -186,7 +186,7 @@ def _positive(tensor: Tensor) -> Any:
 def _multiplier(tensor: Tensor) -> Any:
     least, most = torch.aminmax(tensor)
     # The dtype says whether there may be a sign.
-    within = (least >= -MULTIPLIER_MAX) & (most <= MULTIPLIER_MAX)
+    within = (least.int() >= -MULTIPLIER_MAX) & (most.int() <= MULTIPLIER_MAX)
     return within & (tensor != 0).all()
 
 
