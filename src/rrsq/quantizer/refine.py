@@ -116,12 +116,10 @@ def _refined(
     # float32: gradients are sums of products of them.
     q = codes.float()
     u = None if multiplier is None else multiplier.float()
-    error = weight - _values(q, scale, u)
-    gradient = error @ hessian
-    first = (gradient * error).sum(1, dtype=torch.float64)
+    first = _errors(weight, q, scale, u, hessian)
     for _ in range(passes):
         scale = _best_scale(weight, q, scale, u, hessian)
-        gradient = (weight - _values(q, scale, u)) @ hessian
+        gradient = _values(q, scale, u).neg_().add_(weight) @ hessian
         for index, block in enumerate(blocks):
             old = q[:, block.channels]
             factor = None if u is None else u[:, index]
@@ -134,9 +132,7 @@ def _refined(
             q[:, block.channels] = new
             gradient.addmm_(moved, hessian[block.channels], alpha=-1.0)
     scale = _best_scale(weight, q, scale, u, hessian)
-    error = weight - _values(q, scale, u)
-    last = ((error @ hessian) * error).sum(1, dtype=torch.float64)
-    better = last < first
+    better = _errors(weight, q, scale, u, hessian) < first
     return (
         torch.where(better.unsqueeze(1), q.to(codes.dtype), before[0]),
         torch.where(better, scale, before[1]),
@@ -144,6 +140,12 @@ def _refined(
         if u is None or before[2] is None
         else torch.where(better.unsqueeze(1), u.to(before[2].dtype), before[2]),
     )
+
+
+def _errors(weight: Tensor, q: Tensor, scale: Tensor, u: Tensor | None, hessian: Tensor) -> Tensor:
+    """The error of each row, float64 ``[rows]``."""
+    error = _values(q, scale, u).neg_().add_(weight)
+    return ((error @ hessian) * error).sum(1, dtype=torch.float64)
 
 
 def _values(q: Tensor, scale: Tensor, u: Tensor | None) -> Tensor:
