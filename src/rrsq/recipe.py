@@ -113,7 +113,7 @@ class Weights(_Part):
         default=0,
         ge=0,
         le=100,
-        description="gptq: passes of descent on scales, multipliers and codes behind it",
+        description="gptq: passes of descent on scales and codes behind it",
     )
 
 

@@ -53,7 +53,7 @@ def test_no_row_gets_worse_and_the_whole_gets_better(group_size: int | None, sig
     ]
     for earlier, later in itertools.pairwise(errors):
         assert (later <= earlier * (1 + 1e-4)).all()
-    assert errors[1].sum() < 0.95 * errors[0].sum()
+    assert errors[1].sum() < 0.98 * errors[0].sum()
 
 
 def test_from_nearest_codes_it_gains_as_much_as_gptq() -> None:

@@ -27,9 +27,9 @@ BATCH_TOKENS = 4096
 _FLOAT = 4
 _STREAM = 2  # bfloat16
 # Folding and the grid search take pieces of so many elements. Of each, folding has five copies in float64 and
-# the search four in float32, refinement five.
+# the search four in float32, refinement six.
 _PIECE = 2**24
-_FOLDED, _SEARCHED, _REFINED = 5 * 8 + 2, 4 * 4, 5 * 4
+_FOLDED, _SEARCHED, _REFINED = 5 * 8 + 2, 4 * 4, 6 * 4
 
 
 @dataclass(frozen=True)
