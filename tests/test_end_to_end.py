@@ -203,6 +203,7 @@ def test_layers_with_8_bit_keys_survive_the_round_trip(
         ["activations={bits: 4, smoothing: {scope: block, scales: real, channel_order: calibrated}}"],
         ["activations={bits: 4, smoothing: {scope: sequence, scales: real, channel_order: per_call}}"],
         ["activations={bits: 8, smoothing: {scales: real, statistic: token_normalized_max}}"],
+        ["weights.signed=true", "weights.refinement=1", "kv_cache.values.signed=true", "head.bits=4"],
     ],
     ids=lambda overrides: overrides[0],
 )

@@ -100,10 +100,20 @@ class Weights(_Part):
         le=LARGEST,
         description="channels an integer multiplier (1..15) covers; null: one scale a row",
     )
+    signed: bool = Field(
+        default=False,
+        description="multipliers have a sign (±1..±15), so that the sixteenth code serves every group",
+    )
     clip_search: bool = Field(default=True, description="search each scale for the least squared error")
     act_order: bool = Field(default=True, description="GPTQ visits channels by falling Hessian diagonal")
     damping: float = Field(
         default=0.01, gt=0, lt=1, description="fraction of the Hessian's mean diagonal added to it"
+    )
+    refinement: int = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="gptq: passes of descent on scales and codes behind it",
     )
 
 
@@ -181,11 +191,20 @@ class CacheTensor(_Part):
         description="entries of head_dim that share a scale, at most head_dim",
     )
     zero_point: bool = Field(default=False, description="true: asymmetric, 16 levels from minimum to maximum")
+    signed: bool = Field(
+        default=False, description="scales have a sign, so that the lowest code serves every group"
+    )
     rotate: bool = Field(default=True, description="Hadamard over head_dim before quantization (R3 for keys)")
     offset: Literal["none", "mean"] = Field(
         default="none",
         description="mean: the calibrated mean, for keys before RoPE, is taken off and put back",
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CacheTensor:
+        if self.signed and self.zero_point:
+            raise ValueError("signed needs zero_point: false")
+        return self
 
     @property
     def bits_per_entry(self) -> float:

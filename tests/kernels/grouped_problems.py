@@ -57,11 +57,12 @@ def make_grouped(
     seed: int = 0,
     smoothing: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.int8,
+    signed: bool = False,
 ) -> GroupedProblem:
     """Draw a problem; ``expected`` is one float64 product a row.
 
     ``smoothing``: channels of a group and tokens of a set of real group scales. A floating ``dtype``:
-    activations without scales.
+    activations without scales. ``signed``: multipliers have signs.
     """
     generator = torch.Generator().manual_seed(seed)
     operand = torch.randint(-126, 127, (tokens, in_features), generator=generator, dtype=torch.int8)
@@ -74,6 +75,9 @@ def make_grouped(
     if group_size is not None:
         shape = (num_experts, out_features, in_features // group_size)
         multiplier = torch.randint(1, 16, shape, generator=generator, dtype=torch.uint8)
+        if signed:
+            signs = 2 * torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) - 1
+            multiplier = multiplier.to(torch.int8) * signs
         weight = weight * multiplier.double().repeat_interleave(group_size, 2)
     if dtype.is_floating_point:
         operand = (operand * scale[:, None]).to(dtype)

@@ -18,7 +18,7 @@ from rrsq.kernels import pack_int4
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 _TIE = 1e-4
-KINDS = ("random", "zero_rows", "huge_token", "saturated")
+KINDS = ("random", "zero_rows", "huge_token", "saturated", "signed")
 
 
 @dataclass
@@ -63,6 +63,10 @@ def make_problem(
         multiplier = torch.randint(1, 16, shape, generator=generator, dtype=torch.uint8)
         if kind == "saturated":
             multiplier.fill_(15)
+        elif kind == "signed":
+            signs = 2 * torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) - 1
+            multiplier = multiplier.to(torch.int8) * signs
+            multiplier[:, 0], codes[:, 0] = -15, -8
     weight_scale = torch.rand(out_features, generator=generator) * 1e-3
     bias_values = torch.randn(out_features, generator=generator) if bias else None
     packed = pack_int4(codes)

@@ -33,6 +33,7 @@ class Case:
     value_bits: int = 4
     group: int = 32
     minimum: bool = True
+    signed: bool = False
     rotated: bool = True
     offset: bool = True
     pairs: int | None = None
@@ -54,6 +55,7 @@ CASES = {
     "head of 256": Case(head_dim=256, batch=1, kv_heads=1, past=20, capacity=32),
     "8-bit keys": Case(key_bits=8, value_bits=8),
     "symmetric, no offset": Case(minimum=False, offset=False),
+    "signed": Case(minimum=False, signed=True),
     "partial rotation": Case(pairs=8),
     "no rotary": Case(pairs=0),
     "window": Case(window=10, past=65),
@@ -155,6 +157,8 @@ class Cache:
             self.value_offset,
             self.frequencies,
             1.0,
+            self.case.signed,
+            self.case.signed,
         )
 
     def attend(self) -> Tensor:

@@ -35,7 +35,7 @@ def test_linear_int8(out_features, in_features, tokens, device):
     assert relative_error(actual, problem.expected) < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["zero_rows", "huge_token", "saturated"])
+@pytest.mark.parametrize("kind", ["zero_rows", "huge_token", "saturated", "signed"])
 @pytest.mark.parametrize("tokens", [1, 16, 2048])
 def test_linear_int8_adversarial(kind, tokens, device):
     problem = make_problem(tokens, 4096, 18944, kind=kind, device=device)

@@ -70,6 +70,13 @@ def test_against_float64(backend, tokens, kind, device):
     assert relative_error(run(problem, backend), problem.expected) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_signed_multipliers(backend, device):
+    problem = make_grouped(9, 8, 18, 128, rows_per_token=2, device=device, signed=True)
+    assert problem.multiplier.dtype == torch.int8
+    assert relative_error(run(problem, backend), problem.expected) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("tokens", [40, 80, 150, 300])
 def test_larger_blocks(tokens, device):
     """20, 40, 75 and 150 rows an expert: blocks of 32, 64 and 128 rows, and several of them."""

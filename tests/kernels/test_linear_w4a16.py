@@ -47,9 +47,9 @@ def test_the_kernel(bias, device):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def float_problem(tokens, out_features, in_features, group_size, bias, dtype, device):
+def float_problem(tokens, out_features, in_features, group_size, bias, dtype, device, kind="random"):
     """Activations, a weight, and the product in float64."""
-    problem = make_problem(tokens, out_features, in_features, group_size, bias=bias, device=device)
+    problem = make_problem(tokens, out_features, in_features, group_size, bias, kind, device)
     x = (problem.operand * problem.scale[:, None]).to(dtype)
     weight = (problem.packed, problem.weight_scale, problem.multiplier, problem.bias)
     matrix = kernels.weight_operand(problem.packed, problem.multiplier).double()
@@ -91,6 +91,17 @@ def test_what_the_codes_do_not_serve(tokens, in_features, group_size, dtype, dev
     with kernels.use_kernels("triton"):
         y = kernels.linear_w4a16(x, *weight)
     assert relative_error(y, expected) < {torch.float32: 1e-6}.get(dtype, 1e-2)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 17, 65])
+def test_signed_multipliers(tokens, dtype, device):
+    x, weight, expected = float_problem(tokens, 40, 256, 32, True, dtype, device, kind="signed")
+    assert weight[2].dtype == torch.int8
+    with kernels.use_kernels("triton"):
+        y = kernels.linear_w4a16(x, *weight)
+    assert relative_error(y, expected) < 2e-2
 
 
 PLANS = [

@@ -72,7 +72,9 @@ def test_an_odd_number_of_channels_is_refused(in_features: int) -> None:
 def test_the_operand_is_code_times_multiplier(in_features: int, group: int) -> None:
     codes = random_codes(4, in_features, seed=1)
     multiplier = torch.randint(1, 16, (4, in_features // group), generator=torch.Generator().manual_seed(2))
-    operand = weight_operand(pack_int4(codes), multiplier.to(torch.uint8))
+    multiplier[::2] *= -1
+    operand = weight_operand(pack_int4(codes), multiplier.to(torch.int8))
+    assert torch.equal(operand[1::2], weight_operand(pack_int4(codes[1::2]), multiplier[1::2].byte()))
     for row in range(4):
         for channel in range(in_features):
             expected = int(codes[row, channel]) * int(multiplier[row, channel // group])
@@ -83,15 +85,18 @@ def test_the_largest_products_fit_int8() -> None:
     codes = torch.tensor([[-8, 7]], dtype=torch.int8)
     operand = weight_operand(pack_int4(codes), torch.tensor([[15]], dtype=torch.uint8))
     assert operand.tolist() == [[-120, 105]]
+    operand = weight_operand(pack_int4(codes), torch.tensor([[-15]], dtype=torch.int8))
+    assert operand.tolist() == [[120, -105]]
 
 
 @needs_triton
+@pytest.mark.parametrize("kind", ["random", "signed"])
 @pytest.mark.parametrize("group_size", [None, 32])
 @pytest.mark.parametrize("in_features", [64, 576, 100])
-def test_unpacking(in_features, group_size, device):
+def test_unpacking(in_features, group_size, kind, device):
     if group_size and in_features % group_size:
         group_size = in_features // 2
-    problem = make_problem(1, 37, in_features, group_size=group_size, device=device)
+    problem = make_problem(1, 37, in_features, group_size=group_size, kind=kind, device=device)
     with kernels.use_kernels("triton"):
         actual = kernels.weight_operand(problem.packed, problem.multiplier)
     with kernels.use_kernels("eager"):

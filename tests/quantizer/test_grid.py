@@ -56,6 +56,29 @@ def test_multipliers_are_small_integers_and_use_the_range(group_size: int, seed:
         assert int(multiplier.max()) >= 14
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_signed_multipliers_make_the_largest_magnitude_negative(seed: int) -> None:
+    W = weight_of(20, 64, seed)
+    plain, signed = (choose_grid(W, 16, signed=each) for each in (False, True))
+    assert signed.multiplier is not None
+    assert signed.multiplier.dtype == torch.int8
+    magnitude = signed.multiplier.abs()
+    assert int(magnitude.min()) >= 1
+    assert int(magnitude.max()) <= 15
+    grouped = W.view(20, 4, 16)
+    largest = grouped.gather(2, grouped.abs().argmax(2, keepdim=True)).squeeze(2)
+    assert torch.equal(signed.multiplier.sign().float(), -largest.sign())
+    errors = [squared_error(W, steps_of(grid, 64)).sum() for grid in (plain, signed)]
+    assert errors[1] < 0.97 * errors[0]
+
+
+def test_without_groups_nothing_is_signed() -> None:
+    W = weight_of(6, 64)
+    plain, signed = (choose_grid(W, None, signed=each) for each in (False, True))
+    assert signed.multiplier is None
+    assert torch.equal(plain.scale, signed.scale)
+
+
 def absmax_error(W: Tensor, levels: float) -> np.ndarray:
     """Squared error of each row with one step of its largest magnitude over ``levels``."""
     step = W.abs().amax(1, keepdim=True).double().numpy() / levels

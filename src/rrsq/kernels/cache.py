@@ -66,19 +66,21 @@ def page_shapes(head_dim: int, bits: int, group_size: int) -> tuple[int, int]:
 
 
 def encode_cache(
-    x: Tensor, bits: int, group_size: int, zero_point: bool
+    x: Tensor, bits: int, group_size: int, zero_point: bool, signed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Quantize along the last dimension in groups.
 
     Symmetric: codes of ±code_max whose outermost rounding cells end at the largest magnitude. With a zero
-    point: ``2**bits`` levels from the group's minimum to its maximum. The scale is rounded to float16 first,
-    so that what is stored is what was used.
+    point: ``2**bits`` levels from the group's minimum to its maximum. Signed: all ``2**bits`` codes; the
+    scale is negative where the largest magnitude is positive, so that this is the lowest code, which has no
+    counterpart. The scale is rounded to float16 first, so that what is stored is what was used.
 
     Args:
         x: ``[..., head_dim]`` floating point.
         bits: 4 (two codes a byte: entry ``j`` low, ``j + head_dim/2`` high) or 8.
         group_size: divides ``head_dim``.
         zero_point: store the group's minimum too.
+        signed: give scales a sign; not with a zero point.
 
     Returns:
         ``codes`` uint8 ``[..., head_dim * bits / 8]``, ``scale`` float16 ``[..., groups]`` and ``minimum``
@@ -91,6 +93,12 @@ def encode_cache(
         scale = (span / (2**bits - 1)).clamp(_HALF_TINY, _HALF_MAX).half()
         codes = (grouped - low.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
         codes = codes.round().clamp(0, 2**bits - 1)
+    elif signed:
+        low, lowest = None, 2.0 ** (bits - 1)
+        top, bottom = grouped.amax(-1), -grouped.amin(-1)
+        scale = (torch.maximum(top, bottom) / lowest).clamp(_HALF_TINY, _HALF_MAX)
+        scale = torch.where(top >= bottom, -scale, scale).half()
+        codes = (grouped / scale.float().unsqueeze(-1)).round().clamp(-lowest, lowest - 1) + lowest
     else:
         low = None
         top = code_max(bits)

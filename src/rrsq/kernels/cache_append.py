@@ -53,6 +53,8 @@ def cache_append(
     value_offset: Tensor | None,
     frequencies: Tensor | None,
     rope_scale: float,
+    keys_signed: bool = False,
+    values_signed: bool = False,
 ) -> None:
     """Store ``encode_cache((k - RoPE_p(mu)) H)`` and the same of ``v``; see :mod:`rrsq.kernels.cache`.
 
@@ -68,6 +70,7 @@ def cache_append(
         key_signs, value_signs: int8 ``[head_dim, head_dim]`` of ±1, ``sqrt(head_dim) H``, or None.
         key_offset, value_offset: float32 ``[kv_heads, head_dim]``, or None.
         frequencies, rope_scale: see :func:`~rrsq.kernels.cache.offset_keys`.
+        keys_signed, values_signed: whether scales have a sign, see :func:`~rrsq.kernels.cache.encode_cache`.
     """
     batch, _, tokens, head_dim = keys.shape
     block_size = key_codes.shape[2]
@@ -93,26 +96,27 @@ def cache_append(
         y = y @ (value_signs.float() * head_dim**-0.5)
     kept = (block >= 0).flatten()
     index = block.flatten()[kept], place.flatten()[kept]
-    for tensor, stored in (
-        (x, (key_codes, key_scale, key_minimum)),
-        (y, (value_codes, value_scale, value_minimum)),
+    for tensor, stored, signed in (
+        (x, (key_codes, key_scale, key_minimum), keys_signed),
+        (y, (value_codes, value_scale, value_minimum), values_signed),
     ):
         bits, groups = stored[0].shape[-1] * 8 // head_dim, stored[1].shape[-1]
-        new = encode_cache(tensor, bits, head_dim // groups, stored[2] is not None)
+        new = encode_cache(tensor, bits, head_dim // groups, stored[2] is not None, signed)
         for into, part in zip(stored, new, strict=True):
             if into is not None and part is not None:
                 into[index[0], :, index[1]] = part.transpose(1, 2).flatten(0, 1)[kept]
 
 
 @triton.jit
-def _codes_of(x, scale, low, BITS: tl.constexpr, MINIMUM: tl.constexpr):
+def _codes_of(x, scale, low, BITS: tl.constexpr, MINIMUM: tl.constexpr, SIGNED: tl.constexpr):
     """Codes as stored, int32; ``scale`` and ``low`` have the shape of ``x``."""
     if MINIMUM:
         number = tl.div_rn(x - low, scale)
         number = tl.minimum(tl.maximum(number, 0.0), 2.0**BITS - 1)
         return (number + _ROUNDER).to(tl.int32, bitcast=True) & 0xFF
     top: tl.constexpr = 2.0 ** (BITS - 1) - 1
-    number = tl.minimum(tl.maximum(tl.div_rn(x, scale), -top), top)
+    bottom: tl.constexpr = -top - 1 if SIGNED else -top
+    number = tl.minimum(tl.maximum(tl.div_rn(x, scale), bottom), top)
     return ((number + _ROUNDER).to(tl.int32, bitcast=True) + 2 ** (BITS - 1)) & 0xFF
 
 
@@ -131,6 +135,7 @@ def _store_encoded(
     HALF: tl.constexpr,
     PADDED: tl.constexpr,
     MINIMUM: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):
     """:func:`~rrsq.kernels.cache.encode_cache` of the two halves of the channels of a tile of tokens."""
     GROUP: tl.constexpr = 2 * HALF // GROUPS
@@ -164,18 +169,25 @@ def _store_encoded(
             tl.store(minimum_pointer + scale_rows + group, floor16, mask=real)
             low_floor = tl.where(in_low, floor[:, None], low_floor)
             high_floor = tl.where(in_high, floor[:, None], high_floor)
+        elif SIGNED:
+            least = tl.minimum(tl.min(tl.where(in_low, low, 0.0), 1), tl.min(tl.where(in_high, high, 0.0), 1))
+            most = tl.maximum(tl.max(tl.where(in_low, low, 0.0), 1), tl.max(tl.where(in_high, high, 0.0), 1))
+            scale = tl.maximum(most, -least) * 2.0 ** (1 - BITS)
+            negative = most >= -least
         else:
             most = tl.maximum(
                 tl.max(tl.where(in_low, tl.abs(low), 0.0), 1), tl.max(tl.where(in_high, tl.abs(high), 0.0), 1)
             )
             scale = tl.div_rn(most, tl.full(most.shape, 2.0 ** (BITS - 1) - 0.5, tl.float32))
         scale16 = tl.minimum(tl.maximum(scale, _HALF_TINY), _HALF_MAX)
+        if SIGNED:
+            scale16 = tl.where(negative, -scale16, scale16)
         scale16 = tl.where(spoilt == 0, scale16, float("nan")).to(tl.float16)
         tl.store(scale_pointer + scale_rows + group, scale16, mask=real)
         low_scale = tl.where(in_low, scale16.to(tl.float32)[:, None], low_scale)
         high_scale = tl.where(in_high, scale16.to(tl.float32)[:, None], high_scale)
-    low_codes = _codes_of(low, low_scale, low_floor, BITS, MINIMUM)
-    high_codes = _codes_of(high, high_scale, high_floor, BITS, MINIMUM)
+    low_codes = _codes_of(low, low_scale, low_floor, BITS, MINIMUM, SIGNED)
+    high_codes = _codes_of(high, high_scale, high_floor, BITS, MINIMUM, SIGNED)
     place = codes_pointer + code_rows[:, None] + channel[None, :]
     present = real[:, None] & inside[None, :]
     if BITS == 4:
@@ -230,9 +242,11 @@ def _append_kernel(
     KEY_BITS: tl.constexpr,
     KEY_GROUPS: tl.constexpr,
     KEY_MINIMUM: tl.constexpr,
+    KEY_SIGNED: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     VALUE_GROUPS: tl.constexpr,
     VALUE_MINIMUM: tl.constexpr,
+    VALUE_SIGNED: tl.constexpr,
     KEYS_ROTATED: tl.constexpr,
     VALUES_ROTATED: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -279,7 +293,7 @@ def _append_kernel(
         )
         _store_encoded(
             low, high, key_codes, key_scale, key_minimum, code_rows, scale_rows, real,
-            KEY_BITS, KEY_GROUPS, HALF, PADDED, KEY_MINIMUM,
+            KEY_BITS, KEY_GROUPS, HALF, PADDED, KEY_MINIMUM, KEY_SIGNED,
         )  # fmt: skip
     else:
         x = values + batch * values_stride_batch + head * values_stride_head + token * values_stride_token
@@ -297,7 +311,7 @@ def _append_kernel(
         )
         _store_encoded(
             low, high, value_codes, value_scale, value_minimum, code_rows, scale_rows, real,
-            VALUE_BITS, VALUE_GROUPS, HALF, PADDED, VALUE_MINIMUM,
+            VALUE_BITS, VALUE_GROUPS, HALF, PADDED, VALUE_MINIMUM, VALUE_SIGNED,
         )  # fmt: skip
 
 
@@ -326,6 +340,8 @@ def _launch(
     value_offset: Tensor | None,
     frequencies: Tensor | None,
     rope_scale: float,
+    keys_signed: bool = False,
+    values_signed: bool = False,
 ) -> None:
     batch, kv_heads, tokens, head_dim = keys.shape
     if keys.numel() == 0:
@@ -365,9 +381,11 @@ def _launch(
         KEY_BITS=key_codes.shape[-1] * 8 // head_dim,
         KEY_GROUPS=key_scale.shape[-1],
         KEY_MINIMUM=key_minimum is not None,
+        KEY_SIGNED=keys_signed,
         VALUE_BITS=value_codes.shape[-1] * 8 // head_dim,
         VALUE_GROUPS=value_scale.shape[-1],
         VALUE_MINIMUM=value_minimum is not None,
+        VALUE_SIGNED=values_signed,
         KEYS_ROTATED=key_signs is not None,
         VALUES_ROTATED=value_signs is not None,
         OFFSET=key_offset is not None,

@@ -7,10 +7,11 @@ nibbles of ``b/2`` consecutive bytes are ``b/2`` consecutive channels. Nibbles a
 
 Kernels unpack nibbles to int8 operands four at a time in a 32-bit register. With a multiplier ``u`` in 1..15
 the byte wanted is ``code * u = nibble * u - 8 u``. In four bytes at once, ``t = nibbles * u + (128 - 8 u)``
-in every byte is one multiply-add with no carry between bytes, since ``8 <= 128 + code * u <= 233``; flipping
-the top bits then takes the 128 off in two's complement. Without a multiplier the nibble moved to the upper
-half of its byte, top bit flipped, is ``16 * code``: one shift and one logic operation, and the accumulator is
-divided by 16 at the end, exactly.
+in every byte is one multiply-add with no carry between bytes, since ``8 <= 128 + code * u <= 248``; flipping
+the top bits then takes the 128 off in two's complement. The same holds for ``u`` in -15..-1, whose products
+are negative on the way: what counts is the sum, modulo 2^32. Without a multiplier the nibble moved to the
+upper half of its byte, top bit flipped, is ``16 * code``: one shift and one logic operation, and the
+accumulator is divided by 16 at the end, exactly.
 """
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
@@ -49,7 +50,7 @@ __all__ = [
 CODE_MIN = -8
 CODE_MAX = 7
 MULTIPLIER_MAX = 15
-"""Largest multiplier of a group of weights: a code times it fits into int8."""
+"""Largest multiplier of a group of weights, in magnitude: a code times it fits into int8."""
 _NIBBLE_OFFSET = 8
 
 
@@ -112,10 +113,10 @@ def weight_operand(packed: Tensor, multiplier: Tensor | None = None) -> Tensor:
 
     Args:
         packed: uint8 ``[out, in/2]`` from :func:`pack_int4`.
-        multiplier: uint8 ``[out, in/group]`` with values in 1..15, or None.
+        multiplier: ``[out, in/group]``, uint8 in 1..15 or int8 in ±1..±15; or None.
 
     Returns:
-        int8 ``[out, in]`` in [-120, 105]: exact, since ``|code * multiplier| <= 8 * 15``.
+        int8 ``[out, in]`` in [-120, 120]: exact, since ``|code * multiplier| <= 8 * 15``.
     """
     codes = unpack_int4(packed)
     if multiplier is None:
@@ -130,7 +131,7 @@ _SCALED = """
 {{
 .reg .b32 t, u, c;
 {extract}
-and.b32 u, $2, 0xFF;
+prmt.b32 u, $2, 0, 0x8880;
 shl.b32 c, $2, 3;
 sub.u32 c, 0x80808080, c;
 mad.lo.u32 t, t, u, c;
@@ -147,7 +148,8 @@ _SIXTEENFOLD_HIGH = tl.constexpr("{ .reg .b32 t; and.b32 t, $1, 0xF0F0F0F0; xor.
 
 @triton.jit
 def scaled_low(packed, multiplier, PTX: tl.constexpr):
-    """``code * multiplier`` of the low nibbles as int8; ``packed`` and ``multiplier`` uint8 of one shape.
+    """``code * multiplier`` of the low nibbles as int8; uint8 ``packed`` and ``multiplier``, uint8 or int8,
+    of one shape.
 
     With ``PTX`` four consecutive elements must share their multiplier.
     """
@@ -286,9 +288,9 @@ def float_nibbles(
 ):
     """``code * multiplier`` of low and of high nibbles in ``dtype``, float16 or bfloat16; exact.
 
-    uint8 ``packed`` and multipliers have one shape, with ``GROUP`` 0 the latter are not looked at. Each byte
-    has its own multiplier: four that share a register need not be of one row. Without ``PTX`` the results are
-    float32, since the interpreter does not compute in bfloat16.
+    uint8 ``packed`` and multipliers, uint8 or int8, have one shape, with ``GROUP`` 0 the latter are not
+    looked at. Each byte has its own multiplier: four that share a register need not be of one row. Without
+    ``PTX`` the results are float32, since the interpreter does not compute in bfloat16.
     """
     if not PTX:
         low = ((packed & 0xF).to(tl.int32) - 8).to(tl.float32)

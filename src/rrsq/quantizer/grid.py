@@ -30,14 +30,14 @@ class WeightGrid:
 
     Attributes:
         scale: float32 ``[out]``.
-        multiplier: uint8 ``[out, groups]`` in 1..15, or None for one step a row.
+        multiplier: ``[out, groups]``, uint8 in 1..15 or, signed, int8 in ±1..±15; None for one step a row.
     """
 
     scale: Tensor
     multiplier: Tensor | None
 
     def steps(self, in_features: int) -> Tensor:
-        """The step of each element, float32 ``[out, in]`` (an expanded view without groups)."""
+        """The step of each element and its sign, float32 ``[out, in]`` (an expanded view without groups)."""
         if self.multiplier is None:
             return self.scale.unsqueeze(1).expand(-1, in_features)
         per_group = self.scale.unsqueeze(1) * self.multiplier.float()
@@ -51,7 +51,9 @@ class WeightGrid:
         return self.scale.unsqueeze(1) * self.multiplier[:, group].float()
 
 
-def choose_grid(weight: Tensor, group_size: int | None, *, search: bool = True) -> WeightGrid:
+def choose_grid(
+    weight: Tensor, group_size: int | None, *, search: bool = True, signed: bool = False
+) -> WeightGrid:
     """Choose the steps of a weight.
 
     Each row (or group) gets the step of least squared rounding error among shrunken ranges. With groups, the
@@ -62,20 +64,25 @@ def choose_grid(weight: Tensor, group_size: int | None, *, search: bool = True) 
         weight: float32 ``[out, in]``.
         group_size: divides ``in``; None for one step a row.
         search: False takes the range as it is.
+        signed: give each group's multiplier the sign with which its largest magnitude is negative: codes
+            reach from -8 to 7. Without groups nothing is signed.
     """
     rows = max(1, _SEARCHED_AT_ONCE // weight.shape[1])
-    found = [_grid_of_rows(part, group_size, search) for part in weight.split(rows)]
+    found = [_grid_of_rows(part, group_size, search, signed) for part in weight.split(rows)]
     multipliers = [grid.multiplier for grid in found if grid.multiplier is not None]
     return WeightGrid(
         torch.cat([grid.scale for grid in found]), torch.cat(multipliers) if multipliers else None
     )
 
 
-def _grid_of_rows(weight: Tensor, group_size: int | None, search: bool) -> WeightGrid:
+def _grid_of_rows(weight: Tensor, group_size: int | None, search: bool, signed: bool) -> WeightGrid:
     out_features, in_features = weight.shape
     groups = 1 if group_size is None else in_features // group_size
     power = _power_of_rows(weight)
     grouped = (weight / power.unsqueeze(1)).view(out_features, groups, -1)
+    sign = torch.where(grouped.amax(2) >= -grouped.amin(2), -1.0, 1.0) if signed else None
+    if sign is not None and group_size is not None:
+        grouped = grouped * sign.unsqueeze(2)
     factors = _ROW_SEARCH if group_size is None else _GROUP_SEARCH
     step = _search_step(grouped, factors if search else (1.0,))
     if group_size is None:
@@ -85,6 +92,8 @@ def _grid_of_rows(weight: Tensor, group_size: int | None, search: bool) -> Weigh
         multiplier = _search_multiplier(grouped, scale)
     else:
         multiplier = (step / scale.unsqueeze(1)).ceil().clamp(1, MULTIPLIER_MAX)
+    if sign is not None:
+        return WeightGrid(_scaled(scale, power), (multiplier * sign).to(torch.int8))
     return WeightGrid(_scaled(scale, power), multiplier.to(torch.uint8))
 
 

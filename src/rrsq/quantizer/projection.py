@@ -27,9 +27,9 @@ BATCH_TOKENS = 4096
 _FLOAT = 4
 _STREAM = 2  # bfloat16
 # Folding and the grid search take pieces of so many elements. Of each, folding has five copies in float64 and
-# the search four in float32.
+# the search four in float32, refinement six.
 _PIECE = 2**24
-_FOLDED, _SEARCHED = 5 * 8 + 2, 4 * 4
+_FOLDED, _SEARCHED, _REFINED = 5 * 8 + 2, 4 * 4, 6 * 4
 
 
 @dataclass(frozen=True)
@@ -150,25 +150,30 @@ def _layer_peak(
         waiting -= kept
         hessian = _FLOAT * channels**2 if kept else 0
         # The stacked weight in float32 is there while its grid is searched; then GPTQ's own copy, codes of a
-        # byte and the factor of the Hessian; then the codes, their steps and what they stand for.
+        # byte and the factor of the Hessian, or refinement's copies of some rows with two sets of codes and
+        # another Hessian; then the codes, their steps and what they stand for.
         searched = _FLOAT * count + _SEARCHED * min(_PIECE, count)
         rounded = 2 * hessian + 9 * count if kept else 0
+        if kept and _refines(recipe, family, index, entry):
+            rounded = max(rounded, 2 * hessian + 6 * count + _REFINED * min(_PIECE, count))
         peaks.append(left + waiting + max(hessian + searched, rounded, hessian + 13 * count))
         left += count // 2
     mixture = _mixture(layer, family)
     if mixture:
-        peaks.append(
-            left + _experts_peak(layer, mixture, [_method(recipe, family, index, e) for e in mixture], batch)
-        )
+        methods = [_method(recipe, family, index, entry) for entry in mixture]
+        refined = any(_refines(recipe, family, index, entry) for entry in mixture)
+        peaks.append(left + _experts_peak(layer, mixture, methods, batch, refined=refined))
     return max(peaks)
 
 
-def _experts_peak(layer: nn.Module, mixture: list[LinearInput], methods: list[str], batch: int) -> int:
+def _experts_peak(
+    layer: nn.Module, mixture: list[LinearInput], methods: list[str], batch: int, *, refined: bool
+) -> int:
     """Beside the weights of the layer: the packed experts, the Hessians of some of them, and one at work."""
     shapes = [entry.shape(layer) for entry in mixture]
     experts = _number_of_experts(layer, mixture[0])
     packed = sum(experts * channels * rows for channels, rows in shapes) // 2
-    working = max(13 * channels * rows for channels, rows in shapes)
+    working = max((6 + _REFINED if refined else 13) * channels * rows for channels, rows in shapes)
     if not batch or "gptq" not in methods:
         return packed + working
     runs = batches_of_experts(experts, [channels for channels, _ in shapes], HESSIAN_BYTES)
@@ -188,6 +193,10 @@ def _number_of_experts(layer: nn.Module, entry: LinearInput) -> int:
 
 def _sum_bytes(channels: int) -> int:
     return sum(part.nbytes for part in SymmetricSum(channels, torch.device("meta")).parts)
+
+
+def _refines(recipe: Recipe, family: ModelFamily, index: int, entry: LinearInput) -> bool:
+    return treatment(recipe, family.layer_name(index), entry).weights.refinement > 0
 
 
 def _method(recipe: Recipe, family: ModelFamily, index: int, entry: LinearInput) -> str:

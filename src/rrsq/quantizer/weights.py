@@ -15,6 +15,7 @@ from ..runtime.scheme import group_size_for
 from .cholesky import permuted
 from .gptq import factor_hessian, gptq_codes
 from .grid import WeightGrid, choose_grid, round_to_grid
+from .refine import refine
 
 __all__ = ["QuantizedWeight", "in_order", "output_snr_db", "quantize_weight", "warn_of_fallback"]
 
@@ -29,7 +30,7 @@ class QuantizedWeight:
     Attributes:
         codes: int8 ``[out, in]``.
         scale: float32 ``[out]``.
-        multiplier: uint8 ``[out, groups]`` or None.
+        multiplier: ``[out, groups]`` or None, see :class:`~rrsq.quantizer.grid.WeightGrid`.
         fell_back: the recipe asked for GPTQ but the weight was rounded to nearest.
         damping: the Hessian damping that was used, 0 for round to nearest.
     """
@@ -70,16 +71,19 @@ def quantize_weight(weight: Tensor, recipe: Weights, hessian: Tensor | None) -> 
         hessian: float32 ``[in, in]`` of the input, same column order; None for round to nearest.
     """
     with torch.inference_mode():
-        grid = choose_grid(
-            weight, group_size_for(recipe.group_size, weight.shape[1]), search=recipe.clip_search
-        )
+        group_size = group_size_for(recipe.group_size, weight.shape[1])
+        grid = choose_grid(weight, group_size, search=recipe.clip_search, signed=recipe.signed)
         if recipe.method == "rtn" or hessian is None:
             codes = round_to_grid(weight, grid.steps(weight.shape[1]))
             return QuantizedWeight(codes, grid.scale, grid.multiplier, recipe.method != "rtn", 0.0)
         factor = factor_hessian(hessian, act_order=recipe.act_order, damping=recipe.damping)
         result = gptq_codes(weight, grid, factor)
-        damping = factor.damping if factor is not None else 0.0
-        return QuantizedWeight(result.codes, grid.scale, grid.multiplier, not result.used_gptq, damping)
+        if factor is None or not result.used_gptq:
+            return QuantizedWeight(result.codes, grid.scale, grid.multiplier, True, 0.0)
+        damping = factor.damping
+        del factor
+        codes, grid = refine(weight, result.codes, grid, hessian, damping=damping, passes=recipe.refinement)
+        return QuantizedWeight(codes, grid.scale, grid.multiplier, False, damping)
 
 
 def output_snr_db(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float | None:

@@ -101,12 +101,18 @@ def _empty(linear: Any, weights: Weights, quantizer: InputQuantizer) -> PackedWe
     group_size = group_size_for(weights.group_size, in_features)
     if experts:
         return QuantizedExpertLinear(
-            experts[0], in_features, out_features, group_size=group_size, input_quantizer=quantizer
+            experts[0],
+            in_features,
+            out_features,
+            group_size=group_size,
+            signed=weights.signed,
+            input_quantizer=quantizer,
         )
     return QuantizedLinear(
         in_features,
         out_features,
         group_size=group_size,
+        signed=weights.signed,
         bias=linear.bias is not None,
         input_quantizer=quantizer,
         dtype=linear.weight.dtype,
@@ -128,6 +134,7 @@ def quantize_head_module(model: nn.Module, family: ModelFamily, recipe: Recipe) 
             channels,
             out_features,
             group_size=group_size_for(recipe.weights.group_size, channels),
+            signed=recipe.weights.signed,
             bias=bias,
             input_quantizer=InputQuantizer(InputScheme(channels)),
             dtype=dtype,
@@ -183,4 +190,6 @@ def attach_kv_quantizer(
 
 
 def _cache_scheme(tensor: CacheTensor, bits: int) -> CacheScheme:
-    return CacheScheme(bits, tensor.group_size, tensor.zero_point, tensor.rotate, tensor.offset == "mean")
+    return CacheScheme(
+        bits, tensor.group_size, tensor.zero_point, tensor.rotate, tensor.offset == "mean", tensor.signed
+    )

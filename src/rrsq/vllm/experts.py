@@ -60,7 +60,12 @@ class RRSQExpertsMethod(FusedMoEMethodBase):
             group_size = group_size_for(group_size_for(place.how.weights.group_size, whole_input), inputs)
             quantizer = input_quantizer(place, self.rotations, whole_input, inputs)
             made = QuantizedExpertLinear(
-                num_experts, inputs, outputs, group_size=group_size, input_quantizer=quantizer
+                num_experts,
+                inputs,
+                outputs,
+                group_size=group_size,
+                signed=place.how.weights.signed,
+                input_quantizer=quantizer,
             )
             made.weight_scale.fill_(float("nan"))
             made.register_module("input", quantizer)  # Its channel order is a tensor of the checkpoint.

@@ -13,6 +13,7 @@ from .. import kernels
 from ..errors import CheckpointError
 from ..recipe import Recipe
 from ..runtime.modules.input import FloatInput, Weight
+from ..runtime.modules.linear import multiplier_dtype
 from ..runtime.scheme import group_size_for
 from .parameters import empty_scales
 
@@ -25,6 +26,7 @@ class HeadMethod(QuantizeMethodBase):
     def __init__(self, recipe: Recipe) -> None:
         self.bits = recipe.head.bits
         self.group_size = recipe.weights.group_size
+        self.signed = recipe.weights.signed
 
     def create_weights(
         self,
@@ -45,7 +47,9 @@ class HeadMethod(QuantizeMethodBase):
             parts["weight_packed"] = torch.zeros(rows, channels // 2, dtype=torch.uint8)
             group_size = group_size_for(self.group_size, channels)
             if group_size is not None:
-                parts["weight_multiplier"] = torch.zeros(rows, channels // group_size, dtype=torch.uint8)
+                parts["weight_multiplier"] = torch.zeros(
+                    rows, channels // group_size, dtype=multiplier_dtype(self.signed)
+                )
 
         def load(parameter: nn.Parameter, loaded: Tensor) -> None:
             layer.weight_loader(parameter, loaded)

@@ -12,6 +12,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 
 from ..errors import CheckpointError
 from ..runtime.modules.input import InputQuantizer, Weight
+from ..runtime.modules.linear import multiplier_dtype
 from ..runtime.modules.rotation import online_rotation
 from ..runtime.rotation.rotations import Rotations
 from ..runtime.scheme import group_size_for, input_scheme
@@ -91,7 +92,8 @@ class RRSQLinearMethod(LinearMethodBase):
         group_size = group_size_for(self.place.how.weights.group_size, input_size)
         if group_size is not None:
             groups = channels // math.gcd(group_size, channels)
-            multiplier = torch.zeros(rows[True], groups, dtype=torch.uint8)
+            dtype = multiplier_dtype(self.place.how.weights.signed)
+            multiplier = torch.zeros(rows[True], groups, dtype=dtype)
             parts["weight_multiplier"] = Multipliers(
                 data=multiplier, input_dim=1, output_dim=0, weight_loader=load
             )

@@ -80,7 +80,7 @@ class Packed(_SomeShards, ModelWeightParameter):
 
 
 class Multipliers(_SomeShards, GroupQuantScaleParameter):
-    """uint8 ``[out, in/group]`` in 1..15; :attr:`channels` are those of this process."""
+    """``[out, in/group]``, uint8 in 1..15 or int8 in ±1..±15; :attr:`channels` are those of this process."""
 
     channels: int
 

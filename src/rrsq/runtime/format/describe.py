@@ -201,7 +201,8 @@ def _weights(weights: Weights) -> str:
         return "16 bits"
     groups = "one scale a row"
     if weights.group_size is not None:
-        groups = f"groups of up to {weights.group_size} with integer multipliers"
+        kind = "signed" if weights.signed else "integer"
+        groups = f"groups of up to {weights.group_size} with {kind} multipliers"
     return f"INT{weights.bits}, {weights.method.upper()}, {groups}"
 
 

@@ -156,8 +156,8 @@ def check_values(model: nn.Module) -> None:
     Tensors on the meta device (offloaded ones) are passed over.
 
     Raises:
-        CheckpointError: a number is NaN or infinite, a scale is not positive, a multiplier is not in 1..15, a
-            channel order is no permutation, or a sign is not ±1.
+        CheckpointError: a number is NaN or infinite, a scale is not positive, a multiplier is zero or beyond
+            ±15, a channel order is no permutation, or a sign is not ±1.
     """
     for name, tensor in model.state_dict().items():
         if tensor.is_meta or not tensor.numel():
@@ -185,7 +185,9 @@ def _positive(tensor: Tensor) -> Any:
 
 def _multiplier(tensor: Tensor) -> Any:
     least, most = torch.aminmax(tensor)
-    return (least >= 1) & (most <= MULTIPLIER_MAX)
+    # The dtype says whether there may be a sign.
+    within = (least.int() >= -MULTIPLIER_MAX) & (most.int() <= MULTIPLIER_MAX)
+    return within & (tensor != 0).all()
 
 
 def _permutation(tensor: Tensor) -> Any:
@@ -198,7 +200,7 @@ def _signs(tensor: Tensor) -> Any:
 
 _RULES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "weight_scale": (_positive, "a scale that is not a positive finite number"),
-    "weight_multiplier": (_multiplier, f"a multiplier that is not in 1..{MULTIPLIER_MAX}"),
+    "weight_multiplier": (_multiplier, f"a multiplier that is zero or beyond ±{MULTIPLIER_MAX}"),
     "channel_order": (_permutation, "an order of channels that is no permutation"),
     "residual_signs": (_signs, "a sign that is neither 1 nor -1"),
     "head_signs": (_signs, "a sign that is neither 1 nor -1"),

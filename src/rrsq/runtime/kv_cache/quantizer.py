@@ -50,6 +50,7 @@ class CacheScheme:
     zero_point: bool
     rotate: bool
     offset: bool
+    signed: bool = False
 
 
 @functools.lru_cache(maxsize=16)
@@ -112,7 +113,10 @@ class CacheTensorQuantizer(nn.Module):
         x = x.float()
         if self.scheme.rotate:
             x = x @ _head_rotation(self.head_dim, x.device)
-        codes, scale, minimum = encode_cache(x, self.scheme.bits, self.group_size, self.scheme.zero_point)
+        scheme = self.scheme
+        codes, scale, minimum = encode_cache(
+            x, scheme.bits, self.group_size, scheme.zero_point, scheme.signed
+        )
         stored = {"codes": codes, "scale": scale}
         return stored if minimum is None else {**stored, "minimum": minimum}
 
@@ -173,7 +177,8 @@ class KVQuantizer(nn.Module):
     ) -> None:
         """Store new tokens; see :func:`rrsq.kernels.cache_append`."""
         append = self._choose(kernels.cache_append, "keys", keys)
-        append(keys, values, *pages, slots, positions, *self.constants(keys.device))
+        signed = self.keys.scheme.signed, self.values.scheme.signed
+        append(keys, values, *pages, slots, positions, *self.constants(keys.device), *signed)
 
     def attend(
         self,

@@ -61,6 +61,7 @@ class QuantizedExpertLinear(PackedWeight):
         in_features: channels in; even.
         out_features: channels out.
         group_size: channels an integer multiplier covers, a divisor of ``in_features``; None for none.
+        signed: whether multipliers have a sign.
         input_quantizer: quantizer of the input.
     """
 
@@ -71,10 +72,14 @@ class QuantizedExpertLinear(PackedWeight):
         out_features: int,
         *,
         group_size: int | None,
+        signed: bool = False,
         input_quantizer: InputQuantizer,
     ) -> None:
         super().__init__(
-            (num_experts, out_features, in_features), group_size=group_size, input_quantizer=input_quantizer
+            (num_experts, out_features, in_features),
+            group_size=group_size,
+            signed=signed,
+            input_quantizer=input_quantizer,
         )
 
     def forward(self, x: Tensor, routing: Routing, rows_per_token: int) -> Tensor:

@@ -71,7 +71,7 @@ class Weight(NamedTuple):
     Attributes:
         packed: uint8 ``[out, in/2]``, layout of :mod:`rrsq.kernels.packing`.
         scale: float32 ``[out]``.
-        multiplier: uint8 ``[out, in/group_size]`` in 1..15, or None.
+        multiplier: ``[out, in/group_size]``, uint8 in 1..15 or int8 in ±1..±15; or None.
         bias: ``[out]`` or None.
         unpacked: int8 ``[out, in]`` of the same weight where it is kept, or None.
     """

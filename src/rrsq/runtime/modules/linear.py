@@ -14,7 +14,12 @@ from .gradient import StraightThrough, needs_gradient
 from .input import InputQuantizer, PreparedLinear, Weight
 from .prepared import Prepared, QuantizedWeight
 
-__all__ = ["FusedLinears", "PackedWeight", "Projections", "QuantizedLinear"]
+__all__ = ["FusedLinears", "PackedWeight", "Projections", "QuantizedLinear", "multiplier_dtype"]
+
+
+def multiplier_dtype(signed: bool) -> torch.dtype:
+    """Of the multipliers of a weight's groups; what is not signed is the same bytes in either."""
+    return torch.int8 if signed else torch.uint8
 
 
 class PackedWeight(QuantizedWeight):
@@ -26,12 +31,13 @@ class PackedWeight(QuantizedWeight):
     Args:
         shape: ``[..., out, in]`` of the weight; ``in`` is even.
         group_size: channels an integer multiplier covers, a divisor of ``in``; None for none.
+        signed: whether multipliers have a sign.
         input_quantizer: quantizer of the input.
 
     Attributes:
         weight_packed: uint8 ``[..., out, in/2]``, layout of :mod:`rrsq.kernels.packing`.
         weight_scale: float32 ``[..., out]``.
-        weight_multiplier: uint8 ``[..., out, in/group_size]`` in 1..15, or None.
+        weight_multiplier: ``[..., out, in/group_size]``, uint8 in 1..15 or, signed, int8 in ±1..±15; or None.
     """
 
     codes = "weight_packed"
@@ -39,7 +45,12 @@ class PackedWeight(QuantizedWeight):
     weight_multiplier: Tensor | None
 
     def __init__(
-        self, shape: tuple[int, ...], *, group_size: int | None, input_quantizer: InputQuantizer
+        self,
+        shape: tuple[int, ...],
+        *,
+        group_size: int | None,
+        signed: bool = False,
+        input_quantizer: InputQuantizer,
     ) -> None:
         super().__init__()
         *leading, in_features = shape
@@ -48,7 +59,8 @@ class PackedWeight(QuantizedWeight):
         self.register_buffer("weight_scale", torch.zeros(*leading, dtype=torch.float32))
         multiplier = None
         if group_size is not None:
-            multiplier = torch.ones(*leading, in_features // group_size, dtype=torch.uint8)
+            groups = in_features // group_size
+            multiplier = torch.ones(*leading, groups, dtype=multiplier_dtype(signed))
         self.register_buffer("weight_multiplier", multiplier)
         self._input = (input_quantizer,)
 
@@ -116,6 +128,7 @@ class QuantizedLinear(PackedWeight):
         in_features: channels in; even.
         out_features: channels out.
         group_size: channels an integer multiplier covers, a divisor of ``in_features``; None for none.
+        signed: whether multipliers have a sign.
         bias: whether there is a bias.
         input_quantizer: quantizer of the input.
         dtype: dtype of the bias.
@@ -135,11 +148,14 @@ class QuantizedLinear(PackedWeight):
         out_features: int,
         *,
         group_size: int | None,
+        signed: bool = False,
         bias: bool,
         input_quantizer: InputQuantizer,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__((out_features, in_features), group_size=group_size, input_quantizer=input_quantizer)
+        super().__init__(
+            (out_features, in_features), group_size=group_size, signed=signed, input_quantizer=input_quantizer
+        )
         self.in_features = in_features
         self.out_features = out_features
         self.register_buffer("weight", torch.zeros(1, dtype=torch.uint8))
