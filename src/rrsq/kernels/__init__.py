@@ -8,6 +8,7 @@ from .cache import CachePages, decode_cache, encode_cache
 from .cache_append import cache_append
 from .cache_attend import cache_attend
 from .cache_read import cache_read
+from .gated_quantize import gated_quantize
 from .gptq_block import gptq_block
 from .grouped_linear import Routing, grouped_linear, route_rows
 from .linear_group_scaled import linear_group_scaled
@@ -20,17 +21,21 @@ from .quantize_signed import quantize_signed
 from .quantize_smoothed import quantize_smoothed, tokens_per_set
 from .quantize_tokens import quantize_tokens
 from .rms_norm import rms_norm
+from .rms_norm_quantize import add_rms_norm_quantize, rms_norm_quantize
+from .rotary import rotary
 from .rotation import hadamard_transform
 
 __all__ = [
     "CachePages",
     "Routing",
+    "add_rms_norm_quantize",
     "cache_append",
     "cache_attend",
     "cache_read",
     "decode_cache",
     "encode_cache",
     "forced_backend",
+    "gated_quantize",
     "gptq_block",
     "grouped_linear",
     "hadamard_transform",
@@ -43,6 +48,8 @@ __all__ = [
     "quantize_smoothed",
     "quantize_tokens",
     "rms_norm",
+    "rms_norm_quantize",
+    "rotary",
     "route_rows",
     "tokens_per_set",
     "unpack_int4",
