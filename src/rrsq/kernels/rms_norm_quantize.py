@@ -56,7 +56,7 @@ def _add_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return *_fake(x), x.new_empty(x.shape)
 
 
-_TYPICAL = {
+_TYPICAL: dict[str, int | torch.dtype] = {
     "x": torch.bfloat16,
     "weight": torch.bfloat16,
     "channels": 4096,

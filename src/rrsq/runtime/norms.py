@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from .. import kernels
-from ..kernels import forced_backend
-from .modules.gradient import needs_gradient
+from .modules.deferred import DeferredInput, fuses
 
 __all__ = ["NormForward", "use_norm_kernels"]
 
@@ -30,18 +29,49 @@ class NormForward:
     def __init__(self, module: nn.Module, eps: float, offset: float, late: bool) -> None:
         self.module = module
         self.arguments = eps, offset, late
+        self.reader: Callable[[], bool] | None = None
+        """Whether what alone reads the result would take it before it is there."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[..., channels]`` normalized."""
-        backend = forced_backend()
-        if (
-            ((x.is_cuda and backend != "eager") or backend == "triton")
-            and not is_compiling()
-            and not needs_gradient(x)
-        ):
-            return kernels.rms_norm(x, self.module.weight, *self.arguments)  # type: ignore[arg-type]
+        if self.defers(x):
+            return self._deferred(x)  # type: ignore[return-value]
+        if fuses(x):
+            return self._normed(x)
         result: Tensor = type(self.module).forward(self.module, x)
         return result
+
+    def defers(self, x: Tensor) -> bool:
+        """Whether the result would be a :class:`~.modules.deferred.DeferredInput`."""
+        reader = self.reader
+        return reader is not None and fuses(x) and x.dtype == self.module.weight.dtype and reader()
+
+    def added(self, x: Tensor, residual: Tensor) -> tuple[DeferredInput, Callable[[], Tensor]]:
+        """What is normalized of ``residual + x``, and what gives the sum once that is quantized."""
+        rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, residual))
+        sums: list[Tensor] = []
+
+        def total() -> Tensor:
+            if not sums:
+                sums.append(deferred.others[0].view(x.shape) if deferred.others else residual + x)
+            return sums[0]
+
+        deferred = self._deferred_of(
+            kernels.add_rms_norm_quantize, *rows, lambda: self._normed(total()), x.shape
+        )
+        return deferred, total
+
+    def _deferred(self, x: Tensor) -> DeferredInput:
+        rows = x.reshape(-1, x.shape[-1])
+        return self._deferred_of(kernels.rms_norm_quantize, rows, lambda: self._normed(x), x.shape)
+
+    def _deferred_of(self, operation: Any, *parts: Any) -> DeferredInput:
+        *rows, make, shape = parts
+        weight: Any = self.module.weight
+        return DeferredInput(operation, (*rows, weight), self.arguments, make, shape)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.module.weight, *self.arguments)  # type: ignore[arg-type]
 
 
 def use_norm_kernels(model: nn.Module) -> None:

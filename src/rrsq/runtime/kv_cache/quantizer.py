@@ -334,6 +334,8 @@ class KVQuantizer(nn.Module):
             layer.next_positions = positions
         return args, kwargs
 
+    _before_attention.leaves_input = True  # type: ignore[attr-defined]  # See FusedLinears.takes_deferred.
+
     def _cache_layer(self, cache: Any, index: int, codes: bool) -> QuantizedCacheLayer | CodesLayer | None:
         """The quantized layer of a cache, put there if the cache is still empty at ``index``."""
         if isinstance(cache, NoCache):
