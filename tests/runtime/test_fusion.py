@@ -36,11 +36,11 @@ EXPECTED = {
     "granite": (2, 0, 1, 1),
     "olmo3": (0, 0, 1, 1),
     "exaone4": (0, 0, 1, None),
-    "phi3": (0, 0, 0, 1),
-    "phi3 longrope": (0, 0, 0, 1),
+    "phi3": (1, 1, 1, 1),
+    "phi3 longrope": (1, 1, 1, 1),
     "mixtral": (1, 0, 0, 1),
     "starcoder2": (0, 0, 0, 1),
-    "arcee": (1, 0, 0, 1),
+    "arcee": (1, 1, 0, 1),
     "opt": (0, 0, 0, 0),
 }
 TOKENS = random_tokens(2, 9)
@@ -113,6 +113,28 @@ def test_every_family_gives_the_same_bits(
             assert 0 < calls[operation] < layers
         else:
             assert calls[operation] == count * layers
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "qwen3", "mixtral"])
+def test_on_a_gpu(name: str, tmp_path: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same logits but for what 16 bits and 4-bit codes make of a last bit."""
+    model = ready_model(name, tmp_path, torch.bfloat16).cuda()
+    given = TOKENS.cuda()
+    with torch.no_grad():
+        for _ in range(3):
+            calls.clear()
+            fused = model(given, use_cache=False).logits.float()
+    layers = model.config.num_hidden_layers
+    assert [calls[operation] for operation in OPERATIONS] == [count * layers for count in EXPECTED[name]]
+    with torch.no_grad(), monkeypatch.context() as without:
+        without.setattr(norms.NormForward, "defers", lambda self, x: False)
+        without.setattr(fusion, "fuses", lambda x: False)
+        calls.clear()
+        expected = model(given, use_cache=False).logits.float()
+    assert not any(calls[operation] for operation in OPERATIONS)
+    assert float((fused - expected).norm() / expected.norm()) < 0.3
 
 
 def test_every_gated_mlp_and_rotary_attention_is_known() -> None:

@@ -39,9 +39,9 @@ def fuse(model: Any) -> None:
     for layer in model.get_submodule(family.layers).children():
         _fuse_norms(layer, family)
         for module in layer.modules():
-            activation = _gate_of(module)
-            if activation is not None:
-                module.forward = GatedForward(module, activation)
+            gate = _gate_of(module)
+            if gate is not None:
+                module.forward = GatedForward(module, *gate)
         if _is_pre_norm(layer):
             layer.forward = LayerForward(layer)
         attention: Any = dict(layer.named_modules()).get(family.attention)
@@ -69,7 +69,12 @@ class NormReader:
     """
 
     def __init__(
-        self, norm: nn.Module, layer: nn.Module, name: str, parent: nn.Module, linears: FusedLinears
+        self,
+        norm: nn.Module,
+        layer: nn.Module,
+        name: str,
+        parent: nn.Module,
+        linears: FusedLinears | QuantizedLinear,
     ) -> None:
         self.norm, self.layer, self.name, self.parent, self.linears = norm, layer, name, parent, linears
 
@@ -79,7 +84,17 @@ class NormReader:
             not self.norm._forward_hooks
             and not nn.modules.module._has_any_global_hook()
             and self.layer._modules.get(self.name) is self.parent
-            and self.linears.takes_deferred(self.parent)
+            and self._takes_deferred(self.linears)
+        )
+
+    def _takes_deferred(self, linears: FusedLinears | QuantizedLinear) -> bool:
+        if isinstance(linears, FusedLinears):
+            return linears.takes_deferred(self.parent)
+        return (
+            linears.input_quantizer.takes_deferred
+            and _untouched(linears)
+            and any(module is linears for module in self.parent._modules.values())
+            and all(getattr(hook, "leaves_input", False) for hook in self.parent._forward_pre_hooks.values())
         )
 
 
@@ -91,12 +106,17 @@ def _fuse_norms(layer: nn.Module, family: ModelFamily) -> None:
             continue
         norm: Any = layer.get_submodule(entry.norm)
         parent = layer.get_submodule(entry.parent)
-        linears = getattr(parent, entry.fused_name, None)
-        if isinstance(norm.__dict__.get("forward"), NormForward) and isinstance(linears, FusedLinears):
+        alone = getattr(parent, entry.linears[0]) if len(entry.linears) == 1 else None
+        linears = getattr(parent, entry.fused_name, alone)
+        if not isinstance(linears, FusedLinears | QuantizedLinear):
+            continue
+        if isinstance(norm.__dict__.get("forward"), NormForward):
             norm.forward.reader = NormReader(norm, layer, entry.parent, parent, linears)
 
 
-_GATE_PARTS = ("gate_proj", "up_proj", "act_fn", "down_proj")
+_APART = "gate_proj", "up_proj", "act_fn", "down_proj"
+_JOINED = "gate_up_proj", "activation_fn", "down_proj"
+"""Names in an MLP, whose gates and ups are two linears or one."""
 
 
 class GatedForward:
@@ -104,72 +124,79 @@ class GatedForward:
 
     Args:
         module: the MLP.
+        names: those of its parts.
         activation: a name in :data:`rrsq.kernels.gated_quantize.GATES`.
     """
 
-    def __init__(self, module: Any, activation: str) -> None:
+    def __init__(self, module: Any, names: tuple[str, ...], activation: str) -> None:
         self.module = module
+        self.names = names
         self.activation = activation
-        self.parts = tuple(getattr(module, name) for name in _GATE_PARTS)
+        self.parts = tuple(getattr(module, name) for name in names)
 
     def __call__(self, x: Any) -> Tensor:
         """``[..., hidden]`` to ``[..., hidden]``."""
         module = self.module
-        if isinstance(x, Projections) and self._is_as_it_was(x):
-            result: Tensor = module.down_proj(self._deferred(x))
+        joined = self._joined(x)
+        if joined is None:
+            result: Tensor = type(module).forward(module, x)
         else:
-            result = type(module).forward(module, x)
+            result = module.down_proj(self._deferred(joined))
         return result
 
-    def _is_as_it_was(self, x: Projections) -> bool:
-        gate, up, _, down = self.parts
+    def _joined(self, x: Any) -> Tensor | None:
+        """Gates and ups side by side; None where the module's own forward pass is to run."""
+        apart = isinstance(x, Projections)
+        if apart != (self.names == _APART) or not fuses(x.joined if apart else x) or not self._is_as_it_was():
+            return None
+        if not apart:
+            return self.parts[0](x)
+        gate, up = self.parts[:2]
+        return x.joined if (gate.place, up.place, len(x.outputs)) == (0, 1, 2) else None
+
+    def _is_as_it_was(self) -> bool:
         modules = self.module._modules
         return (
             not self.module.training
-            and fuses(x.joined)
-            and (gate.place, up.place, len(x.outputs)) == (0, 1, 2)
-            and all(modules.get(name) is part for name, part in zip(_GATE_PARTS, self.parts, strict=True))
+            and all(modules.get(name) is part for name, part in zip(self.names, self.parts, strict=True))
             and all(_untouched(part) for part in self.parts)
-            and down.input_quantizer.takes_deferred
+            and self.parts[-1].input_quantizer.takes_deferred
         )
 
-    def _deferred(self, x: Projections) -> DeferredInput:
-        joined, (gate, up) = x.joined, x.outputs
-        activation = GATES[self.activation]
-        return DeferredInput(
-            kernels.gated_quantize,
-            (joined.reshape(-1, joined.shape[-1]),),
-            (self.activation,),
-            lambda: activation(gate) * up,
-            gate.shape,
-        )
+    def _deferred(self, joined: Tensor) -> DeferredInput:
+        gate, up = joined.chunk(2, dim=-1)
+        rows, activation = joined.reshape(-1, joined.shape[-1]), GATES[self.activation]
+        make = lambda: activation(gate) * up  # noqa: E731
+        return DeferredInput(kernels.gated_quantize, (rows,), (self.activation,), make, gate.shape)
 
 
 @torch.no_grad()
-def _gate_of(module: Any) -> str | None:
-    """The activation of an MLP whose forward pass is known, of quantized linears; else None."""
-    parts = [getattr(module, name, None) for name in _GATE_PARTS]
-    gate, up, act_fn, down = parts
-    if not all(isinstance(part, QuantizedLinear) for part in (gate, up, down)) or not isinstance(
-        act_fn, nn.Module
-    ):
-        return None
+def _gate_of(module: Any) -> tuple[tuple[str, ...], str] | None:
+    """Names and activation of an MLP whose forward pass is known, of quantized linears; else None."""
+    for names in (_APART, _JOINED):
+        parts = [getattr(module, name, None) for name in names]
+        if all(isinstance(part, QuantizedLinear) for part in (*parts[:-2], parts[-1])):
+            return _try_gate(module, names, parts[-2])
+    return None
+
+
+def _try_gate(module: Any, names: tuple[str, ...], act_fn: Any) -> tuple[tuple[str, ...], str] | None:
     x = torch.linspace(-8.0, 8.0, 61, device="cpu")
+    linears = {
+        "gate_proj": lambda x: x * 3.0,
+        "up_proj": lambda x: x + 5.0,
+        "gate_up_proj": lambda x: torch.cat((x * 3.0, x + 5.0), -1),
+        "down_proj": lambda x: x - 1.0,
+    }
+    # The dropout of Seed-OSS: nothing when it is not trained.
+    stand_in = SimpleNamespace(**linears, **{names[-2]: act_fn}, training=False, residual_dropout=0.0)
     try:
         activation = next(name for name, formula in GATES.items() if torch.equal(act_fn(x), formula(x)))
-        stand_in = SimpleNamespace(
-            gate_proj=lambda x: x * 3.0,
-            up_proj=lambda x: x + 5.0,
-            act_fn=act_fn,
-            down_proj=lambda x: x - 1.0,
-            training=False,
-            residual_dropout=0.0,  # Of Seed-OSS: nothing when it is not trained.
-        )
         actual = type(module).forward(stand_in, x)
-    except Exception:
+    except Exception:  # Whatever the module's code finds missing.
         return None
     expected = GATES[activation](x * 3.0) * (x + 5.0) - 1.0
-    return activation if isinstance(actual, Tensor) and torch.equal(actual, expected) else None
+    return (names, activation) if isinstance(actual, Tensor) and torch.equal(actual, expected) else None
 
 
 class LayerForward:

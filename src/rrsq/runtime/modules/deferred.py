@@ -57,6 +57,7 @@ class DeferredInput:
         self.shape = shape
         self.dtype = activations[0].dtype
         self.device = activations[0].device
+        self.is_cuda = activations[0].is_cuda
         self.others: tuple[Tensor, ...] = ()
         self._make = make
         self._tensor: Tensor | None = None
