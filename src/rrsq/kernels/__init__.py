@@ -9,6 +9,7 @@ from .cache_append import cache_append
 from .cache_attend import cache_attend
 from .cache_gather import cache_gather
 from .cache_read import cache_read
+from .gated_quantize import gated_quantize
 from .gptq_block import gptq_block
 from .grouped_linear import Routing, grouped_linear, route_rows
 from .linear_group_scaled import linear_group_scaled
@@ -21,11 +22,14 @@ from .quantize_signed import quantize_signed
 from .quantize_smoothed import quantize_smoothed, tokens_per_set
 from .quantize_tokens import quantize_tokens
 from .rms_norm import rms_norm
+from .rms_norm_quantize import add_rms_norm_quantize, rms_norm_quantize
+from .rotary import rotary
 from .rotation import hadamard_transform
 
 __all__ = [
     "CachePages",
     "Routing",
+    "add_rms_norm_quantize",
     "cache_append",
     "cache_attend",
     "cache_gather",
@@ -33,6 +37,7 @@ __all__ = [
     "decode_cache",
     "encode_cache",
     "forced_backend",
+    "gated_quantize",
     "gptq_block",
     "grouped_linear",
     "hadamard_transform",
@@ -45,6 +50,8 @@ __all__ = [
     "quantize_smoothed",
     "quantize_tokens",
     "rms_norm",
+    "rms_norm_quantize",
+    "rotary",
     "route_rows",
     "tokens_per_set",
     "unpack_int4",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["COMPILED", "ceil_div", "next_power_of_two", "processors", "tl", "triton"]
+__all__ = ["COMPILED", "ceil_div", "libdevice", "next_power_of_two", "processors", "tl", "triton"]
 
 
 class _KernelWithoutTriton:
@@ -49,6 +49,10 @@ triton: Any = _Triton()
 with contextlib.suppress(ImportError):
     triton = importlib.import_module("triton")
 tl: Any = triton.language
+libdevice: Any = None
+"""CUDA's functions of real numbers, which are not in the interpreter."""
+with contextlib.suppress(ImportError):
+    libdevice = importlib.import_module("triton.language.extra.cuda.libdevice")
 
 
 @triton.jit

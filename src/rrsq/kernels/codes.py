@@ -21,6 +21,7 @@ __all__ = [
     "largest_magnitude",
     "multiplied_codes",
     "round_to_code",
+    "rounded_to",
     "scale_of",
 ]
 
@@ -83,6 +84,19 @@ def round_to_code(value, CODE_MAX: tl.constexpr):
     """
     limited = tl.minimum(tl.maximum(value, -CODE_MAX), CODE_MAX)
     return (limited + _ROUNDER).to(tl.int32, bitcast=True) - _ROUNDER_BITS
+
+
+@triton.jit
+def rounded_to(value, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """float32 rounded to another dtype, ties to even, as float32. The interpreter cuts off bfloat16."""
+    if tl.float32 == DTYPE:
+        return value
+    elif PTX or tl.bfloat16 != DTYPE:
+        return value.to(DTYPE).to(tl.float32)
+    else:
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & -65536
+        return tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
 
 
 @triton.jit

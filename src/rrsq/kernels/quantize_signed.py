@@ -24,7 +24,18 @@ from ._triton import COMPILED, ceil_div, next_power_of_two, tl, triton
 from .codes import code_max, code_scale, scale_of
 from .operation import Constraints, operation
 
-__all__ = ["SIGNED_MAX", "quantize_signed", "rotate_blocks"]
+__all__ = [
+    "SIGNED_MAX",
+    "Cut",
+    "cut_of",
+    "load_units",
+    "quantize_signed",
+    "rotate_blocks",
+    "rotated_units",
+    "store_quantized",
+    "store_units",
+    "unit_of",
+]
 
 SIGNED_MAX = 15
 """Largest multiplier of a group: its largest code, -8, times it fits into int8."""
@@ -283,7 +294,7 @@ def _bytes(a, b, c, d, PTX: tl.constexpr):
 
 
 @triton.jit
-def _load_units(pointer, unit, units, PIECE: tl.constexpr, UNIT: tl.constexpr):
+def load_units(pointer, unit, units, PIECE: tl.constexpr, UNIT: tl.constexpr):
     """``UNIT`` neighbouring channels of each of ``unit``, int32 ``[n]``, as a tuple of float32 ``[n]``.
 
     A thread reads 16 bytes at a time and has all channels of its units.
@@ -323,7 +334,7 @@ def _columns(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _rotated(x, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+def rotated_units(x, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     """:func:`_butterflies` of a tuple of channels."""
     for level in tl.static_range(8):
         if (1 << level) < BLOCK:
@@ -484,16 +495,50 @@ def _quantize_kernel(
     start = token.to(tl.int64) * channels
     units = channels // UNIT
     unit = tl.arange(0, UNITS)
-    largest = tl.zeros([UNITS], tl.int32)
     parts = ()
     for part in tl.static_range(PARTS):
-        x = _load_units(x_pointer + start, unit + part * UNITS, units, PIECE, UNIT)
-        y = _rotated(x, UNIT, BLOCK)
-        largest = tl.maximum(largest, _largest_bits(y, UNIT, BLOCK))
-        parts = parts + (y,)
+        x = load_units(x_pointer + start, unit + part * UNITS, units, PIECE, UNIT)
+        parts = parts + (rotated_units(x, UNIT, BLOCK),)
+    store_quantized(
+        parts,
+        operand_pointer + start // 4,
+        scale_pointer + token,
+        unit,
+        units,
+        scale_factor,
+        normalization,
+        GROUP,
+        BLOCK,
+        UNIT,
+        UNITS,
+        PARTS,
+        PTX,
+    )
+
+
+@triton.jit
+def store_quantized(
+    parts,
+    operand_pointer,
+    scale_pointer,
+    unit,
+    units,
+    scale_factor,
+    normalization,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Quantize one token: ``parts`` of rotated units, without the factor ``normalization``."""
+    largest = tl.zeros([UNITS], tl.int32)
+    for part in tl.static_range(PARTS):
+        largest = tl.maximum(largest, _largest_bits(parts[part], UNIT, BLOCK))
     largest_y = tl.max(largest, 0).to(tl.float32, bitcast=True)
     scale = scale_of(largest_y * normalization, scale_factor)
-    tl.store(scale_pointer + token, scale)
+    tl.store(scale_pointer, scale)
     factor = normalization * tl.div_rn(1.0, scale)
     for part in tl.static_range(PARTS):
         y = parts[part]
@@ -503,7 +548,27 @@ def _quantize_kernel(
                 words = words + _signed_words(_part(y, group, GROUP), factor, GROUP, PTX)
         else:
             words = _code_words(y, factor, UNIT, PTX)
-        _store_words(operand_pointer + start // 4, unit + part * UNITS, units, words, UNIT // 4)
+        _store_words(operand_pointer, unit + part * UNITS, units, words, UNIT // 4)
+
+
+@triton.jit
+def store_units(pointer, unit, units, x, PIECE: tl.constexpr, UNIT: tl.constexpr):
+    """What :func:`load_units` reads; ``x`` in the dtype of the pointer already, but for its width."""
+    for piece in tl.static_range(UNIT // PIECE):
+        offset = unit[:, None] * UNIT + piece * PIECE + tl.arange(0, PIECE)[None, :]
+        columns = _joined(_part(x, piece * PIECE, PIECE), unit.shape[0], PIECE)
+        tl.store(pointer + offset, columns.to(pointer.dtype.element_ty), mask=(unit < units)[:, None])
+
+
+@triton.jit
+def _joined(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``[ROWS, COLUMNS]`` of its columns, each ``[ROWS]``: undoes :func:`_columns`."""
+    if COLUMNS == 1:
+        return x[0].reshape(ROWS, 1)
+    else:
+        left = _joined(_part(x, 0, COLUMNS // 2), ROWS, COLUMNS // 2)
+        right = _joined(_part(x, COLUMNS // 2, COLUMNS // 2), ROWS, COLUMNS // 2)
+        return tl.join(left, right).permute(0, 2, 1).reshape(ROWS, COLUMNS)
 
 
 _FEW_TOKENS = 64
@@ -514,7 +579,7 @@ _REGISTERS = 128
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Cut:
     """How a token is cut among threads; see :func:`_quantize_kernel`."""
 
     units: int
@@ -522,7 +587,7 @@ class _Cut:
     warps: int
 
 
-def _cut(tokens: int, channels: int, unit: int) -> _Cut:
+def cut_of(tokens: int, channels: int, unit: int) -> Cut:
     """Two units a thread and part, which float16 arithmetic takes at a time; few tokens get more threads."""
     units = next_power_of_two(ceil_div(channels, unit))
     threads = units if tokens <= _FEW_TOKENS else min(units // 2, _THREADS)
@@ -530,10 +595,10 @@ def _cut(tokens: int, channels: int, unit: int) -> _Cut:
     while warps < _LARGEST_WARPS and units * unit > 32 * warps * _REGISTERS:
         warps *= 2
     at_a_time = max(min(units, 2 * 32 * warps), 32 * warps)
-    return _Cut(at_a_time, ceil_div(channels, unit * at_a_time), warps)
+    return Cut(at_a_time, ceil_div(channels, unit * at_a_time), warps)
 
 
-def _unit(channels: int, group_size: int | None, block: int) -> int:
+def unit_of(channels: int, group_size: int | None, block: int) -> int:
     """Neighbouring channels of one thread: whole groups and blocks, and 16 bytes of operands if possible."""
     unit = max(block, group_size or 0, 4)
     while unit < 16 and channels % (2 * unit) == 0:
@@ -542,12 +607,12 @@ def _unit(channels: int, group_size: int | None, block: int) -> int:
 
 
 def _prepare(
-    x: Tensor, bits: int, group_size: int | None, block: int, cut: _Cut | None = None
+    x: Tensor, bits: int, group_size: int | None, block: int, cut: Cut | None = None
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """See :meth:`~rrsq.kernels.operation.Operation.prepare`; with ``cut`` it decides."""
     (tokens, channels), device = x.shape, x.device
-    unit = _unit(channels, group_size, block)
-    cut = cut or _cut(tokens, channels, unit)
+    unit = unit_of(channels, group_size, block)
+    cut = cut or cut_of(tokens, channels, unit)
     units, parts, warps = cut.units, cut.parts, cut.warps
     scale_factor = 1.0 / (code_max(bits) if group_size is None else 7 * SIGNED_MAX)
     normalization, group, piece = 1.0 / math.sqrt(block), group_size or 0, min(16 // x.element_size(), unit)

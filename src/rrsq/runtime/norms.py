@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from .. import kernels
-from ..kernels import forced_backend
-from .modules.gradient import needs_gradient
+from ..kernels.operation import forced_backend
+from .modules.deferred import DeferredInput, fuses
 
 __all__ = ["NormForward", "use_norm_kernels"]
 
@@ -35,20 +34,18 @@ class NormForward:
         self.module = module
         self.arguments = eps, offset, late
         self._prepared: _Runs = {}
+        self.reader: Callable[[], bool] | None = None
+        """Whether what alone reads the result would take it before it is there."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": {}}
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[..., channels]`` normalized."""
-        backend = forced_backend()
-        if (
-            (x.is_cuda if backend is None else backend == "triton")
-            and type(x) is Tensor  # Not one that is traced.
-            and not is_compiling()
-            and not needs_gradient(x)
-        ):
-            run = self._prepared.get((x.device, x.dtype, backend)) or self._prepare(x)
+        if self.defers(x):
+            return self._deferred(x)  # type: ignore[return-value]
+        if fuses(x):
+            run = self._prepared.get((x.device, x.dtype, forced_backend())) or self._prepare(x)
             return run(x, self.module.weight)  # type: ignore[arg-type]
         result: Tensor = type(self.module).forward(self.module, x)
         return result
@@ -57,6 +54,38 @@ class NormForward:
         run = kernels.rms_norm.prepare(x, self.module.weight, *self.arguments)
         self._prepared[x.device, x.dtype, forced_backend()] = run
         return run
+
+    def defers(self, x: Tensor) -> bool:
+        """Whether the result would be a :class:`~.modules.deferred.DeferredInput`."""
+        reader = self.reader
+        return reader is not None and fuses(x) and x.dtype == self.module.weight.dtype and reader()
+
+    def added(self, x: Tensor, residual: Tensor) -> tuple[DeferredInput, Callable[[], Tensor]]:
+        """What is normalized of ``residual + x``, and what gives the sum once that is quantized."""
+        rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, residual))
+        sums: list[Tensor] = []
+
+        def total() -> Tensor:
+            if not sums:
+                sums.append(deferred.others[0].view(x.shape) if deferred.others else residual + x)
+            return sums[0]
+
+        deferred = self._deferred_of(
+            kernels.add_rms_norm_quantize, *rows, lambda: self._normed(total()), x.shape
+        )
+        return deferred, total
+
+    def _deferred(self, x: Tensor) -> DeferredInput:
+        rows = x.reshape(-1, x.shape[-1])
+        return self._deferred_of(kernels.rms_norm_quantize, rows, lambda: self._normed(x), x.shape)
+
+    def _deferred_of(self, operation: Any, *parts: Any) -> DeferredInput:
+        *rows, make, shape = parts
+        weight: Any = self.module.weight
+        return DeferredInput(operation, (*rows, weight), self.arguments, make, shape)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.module.weight, *self.arguments)  # type: ignore[arg-type]
 
 
 def use_norm_kernels(model: nn.Module) -> None:

@@ -177,8 +177,7 @@ class KVQuantizer(nn.Module):
     ) -> None:
         """Store new tokens; see :func:`rrsq.kernels.cache_append`."""
         append = self._choose(kernels.cache_append, "keys", keys)
-        signed = self.keys.scheme.signed, self.values.scheme.signed
-        append(keys, values, *pages, slots, positions, *self.constants(keys.device), *signed)
+        append(keys, values, *pages, slots, positions, *self.constants(keys.device), *self._signed)
 
     def attend(
         self,
@@ -248,6 +247,11 @@ class KVQuantizer(nn.Module):
         rotary = None if self.rotary is None else self.rotary.for_all(most_tokens)
         return KVQuantizer(self.keys.scheme, self.values.scheme, kv_heads, self.keys.head_dim, rotary)
 
+    @property
+    def _signed(self) -> tuple[bool, bool]:
+        """Whether the scales of keys and of values have signs."""
+        return self.keys.scheme.signed, self.values.scheme.signed
+
     def round_trip(self, keys: Tensor, values: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """What a cache that is empty before would give back of all its tokens."""
         batch, _, tokens, _ = keys.shape
@@ -257,7 +261,7 @@ class KVQuantizer(nn.Module):
             shift = (position_ids[:, -1].expand(batch) - (tokens - 1)).to(torch.int32)
         slots, constants = torch.zeros(1, dtype=torch.int32, device=keys.device), self.constants(keys.device)
         append = self._choose(kernels.cache_append, "keys", keys)
-        append(keys, values, *pages, slots, shift, *constants)
+        append(keys, values, *pages, slots, shift, *constants, *self._signed)
         read = self._choose(kernels.cache_read, "like", keys)
         return read(keys, *pages, 0, tokens, None, shift, *constants)
 
@@ -382,6 +386,8 @@ class KVQuantizer(nn.Module):
         if layer is not None:
             layer.next_positions = positions
         return args, kwargs
+
+    _before_attention.leaves_input = True  # type: ignore[attr-defined]  # See FusedLinears.takes_deferred.
 
     def _reads_codes_of(self, hidden: Any) -> bool:
         """:meth:`reads_codes` of an attention's input, which nothing is to be learned from."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import kernels
+from .deferred import DeferredInput
 from .rotation import OnlineHadamard
 
 __all__ = [
@@ -161,7 +162,7 @@ class SmoothedInput(_Operand):
 
 
 QuantizedInput = FloatInput | Int8Input | SmoothedInput
-PreparedLinear = tuple[Callable[[Tensor], tuple[Tensor, ...]], Callable[..., Tensor]]
+PreparedLinear = tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]
 """What quantizes rows, and what multiplies the tensors that it returns by a weight."""
 _ALL_TOKENS = 2**31 - 1
 """More tokens than there are: as many share a scale of the whole sequence, whatever their number."""
@@ -215,6 +216,18 @@ class InputQuantizer(nn.Module):
         """What quantizes rows like these, and what multiplies the result by a weight."""
         quantize = self.prepare(rows)
         operation, arguments = self.operand(quantize(rows), _ALL_TOKENS).product(weight, rows.dtype)
+        return quantize, operation.prepare(*arguments)
+
+    @property
+    def takes_deferred(self) -> bool:
+        """Whether an input may be computed by what quantizes it."""
+        return self.scheme.signed and not self._stays_float
+
+    def prepare_deferred(self, x: DeferredInput, weight: Weight) -> PreparedLinear:
+        """:meth:`prepare_linear` of what is computed where it is quantized: for ``x.activations``."""
+        quantize = x.operation.prepare(*x.activations, *x.arguments, *self._quantization(x.device)[1])
+        operand, scale, *_ = quantize(*x.activations)
+        operation, arguments = self.operand((operand, scale), _ALL_TOKENS).product(weight, x.dtype)
         return quantize, operation.prepare(*arguments)
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ... import kernels
+from .deferred import DeferredInput
 from .gradient import StraightThrough, needs_gradient
 from .input import InputQuantizer, PreparedLinear, Weight
 from .prepared import Prepared, QuantizedWeight
@@ -20,6 +21,23 @@ __all__ = ["FusedLinears", "PackedWeight", "Projections", "QuantizedLinear", "mu
 def multiplier_dtype(signed: bool) -> torch.dtype:
     """Of the multipliers of a weight's groups; what is not signed is the same bytes in either."""
     return torch.int8 if signed else torch.uint8
+
+
+class PreparedDeferred(dict[tuple[Any, ...], Prepared[PreparedLinear]]):
+    """The same of deferred inputs, by their constants."""
+
+    def multiply(self, x: DeferredInput, quantizer: InputQuantizer, weight: Callable[[], Weight]) -> Tensor:
+        """The products of a deferred input: ``[tokens, out]``."""
+        key = x.operation.name, *x.arguments
+        prepared = self.get(key)
+        if prepared is None:
+            prepared = self[key] = Prepared()
+        quantize, multiply = prepared.find(
+            x.activations[0], lambda _: quantizer.prepare_deferred(x, weight())
+        )
+        operand, scale, *others = quantize(*x.activations)
+        x.others = tuple(others)
+        return multiply(operand, scale)
 
 
 class PackedWeight(QuantizedWeight):
@@ -63,6 +81,13 @@ class PackedWeight(QuantizedWeight):
             multiplier = torch.ones(*leading, groups, dtype=multiplier_dtype(signed))
         self.register_buffer("weight_multiplier", multiplier)
         self._input = (input_quantizer,)
+
+    def _unprepare(self) -> None:
+        super()._unprepare()
+        self._prepared_deferred = PreparedDeferred()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_prepared_deferred": PreparedDeferred()}
 
     @property
     def input_quantizer(self) -> InputQuantizer:
@@ -162,11 +187,16 @@ class QuantizedLinear(PackedWeight):
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
         self.place = 0
 
-    def forward(self, x: Tensor | Projections) -> Tensor:
+    def forward(self, x: Tensor | Projections | DeferredInput) -> Tensor:
         """``[..., in]`` to ``[..., out]`` in the dtype of ``x``; of projections, this linear's."""
         if isinstance(x, Projections):
             return x.outputs[self.place]
         stays = not is_compiling() and self._stays()
+        if isinstance(x, DeferredInput):
+            if stays and x.activations[0].shape[0]:
+                y = self._prepared_deferred.multiply(x, self.input_quantizer, self._weight)
+                return y.view(*x.shape[:-1], self.out_features)
+            x = x.tensor()
         if needs_gradient(x):
             return StraightThrough.apply(x, self._multiply, self._input_gradient)
         if not stays or not x.numel():
@@ -203,17 +233,24 @@ class Projections:
     Attributes:
         input: what was multiplied, for linears of the input that are in full precision.
         outputs: ``[..., out]`` of each quantized linear.
+        joined: the same side by side, ``[..., out]``.
         shape, dtype, device: of the input.
     """
 
-    __slots__ = ("device", "dtype", "input", "outputs", "shape")
+    __slots__ = ("_input", "device", "dtype", "joined", "outputs", "shape")
 
-    def __init__(self, x: Tensor, outputs: tuple[Tensor, ...]) -> None:
-        self.input = x
-        self.outputs = outputs
+    def __init__(self, x: Tensor | DeferredInput, joined: Tensor, rows: list[int]) -> None:
+        self._input = x
+        self.joined = joined
+        self.outputs = joined.split(rows, dim=-1)
         self.shape = x.shape
         self.dtype = x.dtype
         self.device = x.device
+
+    @property
+    def input(self) -> Tensor:
+        """What was multiplied."""
+        return self._input.tensor() if isinstance(self._input, DeferredInput) else self._input
 
     def size(self) -> torch.Size:
         """The input's shape, as a tensor says it."""
@@ -251,12 +288,30 @@ class FusedLinears(nn.Module):
             linear.place = place
         self._joined: tuple[tuple[Tensor, ...], Weight] | None = None
         self._prepared = Prepared[PreparedLinear]()
+        self._prepared_deferred = PreparedDeferred()
         self._rows = [linear.out_features for linear in self._linears]
         parent.register_forward_pre_hook(self._before, with_kwargs=True)
 
-    def forward(self, x: Tensor) -> Projections | Tensor:
+    def takes_deferred(self, parent: nn.Module) -> bool:
+        """Whether ``parent``, given a :class:`~.deferred.DeferredInput`, hands it to these linears first."""
+        if not self._linears[0].input_quantizer.takes_deferred or not self._is_whole(parent):
+            return False
+        for hook in parent._forward_pre_hooks.values():
+            if hook == self._before:
+                return True
+            if not getattr(hook, "leaves_input", False):  # Who knows what it does with it.
+                return False
+        return False
+
+    def forward(self, x: Tensor | DeferredInput) -> Projections | Tensor:
         """The products with ``x`` ``[..., in]``; or ``x``, where the linears are not together."""
         weight = self._weight()
+        if isinstance(x, DeferredInput):
+            if weight is None or is_compiling() or not x.activations[0].shape[0]:
+                return self(x.tensor())
+            joined = weight
+            y = self._prepared_deferred.multiply(x, self._linears[0].input_quantizer, lambda: joined)
+            return Projections(x, y.view(*x.shape[:-1], -1), self._rows)
         if weight is None:
             return x
         if needs_gradient(x):
@@ -268,7 +323,7 @@ class FusedLinears(nn.Module):
             prepare = self._linears[0].input_quantizer.prepare_linear
             quantize, multiply = self._prepared.find(rows, lambda rows: prepare(rows, weight))
             y = multiply(*quantize(rows)).view(*x.shape[:-1], -1)
-        return Projections(x, y.split_with_sizes(self._rows, -1))
+        return Projections(x, y, self._rows)
 
     def _multiply(self, x: Tensor, weight: Weight) -> Tensor:
         y = self._linears[0].input_quantizer(x).multiply(weight, x.dtype)
@@ -282,6 +337,7 @@ class FusedLinears(nn.Module):
         """Make one weight of the linears', which become views of it; nothing where they are not together."""
         self._joined = None
         self._prepared = Prepared()
+        self._prepared_deferred = PreparedDeferred()
         linears = self._linears
         device = linears[0].weight_packed.device
         if device.type == "meta" or any(linear.weight_packed.device != device for linear in linears):
@@ -319,12 +375,16 @@ class FusedLinears(nn.Module):
             self._joined = parts, weight
         return weight
 
+    def _is_whole(self, parent: nn.Module) -> bool:
+        """Whether nothing else has been put in the place of a linear."""
+        modules = parent._modules
+        expected = *zip(self.names, self._linears, strict=True), *self._others
+        return all(modules[name] is linear for name, linear in expected)
+
     def _before(
         self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        modules = parent._modules
-        expected = *zip(self.names, self._linears, strict=True), *self._others
-        if any(modules[name] is not linear for name, linear in expected):
+        if not self._is_whole(parent):
             return args, kwargs
         if args:
             return (self(args[0]), *args[1:]), kwargs
@@ -338,4 +398,8 @@ class FusedLinears(nn.Module):
         return module
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_joined": None, "_prepared": Prepared[PreparedLinear]()}
+        return {**self.__dict__, "_joined": None, **self._unprepared()}
+
+    @staticmethod
+    def _unprepared() -> dict[str, Any]:
+        return {"_prepared": Prepared[PreparedLinear](), "_prepared_deferred": PreparedDeferred()}

@@ -54,6 +54,10 @@ class QuantizedWeight(nn.Module):
         self._operand: Tensor | None = None
         self._seen: weakref.ref[Tensor] | None = None
         self._prepared_for: Tensor | None = None
+        self._unprepare()
+
+    def _unprepare(self) -> None:
+        """What runs is chosen anew."""
         self._prepared = Prepared[Any]()
 
     def _stays(self) -> bool:
@@ -64,7 +68,8 @@ class QuantizedWeight(nn.Module):
             return True
         known = self._seen is not None and self._seen() is codes
         if known:
-            self._prepared_for, self._prepared = codes, Prepared()
+            self._prepared_for = codes
+            self._unprepare()
         else:
             self._forget()
             self._seen = weakref.ref(codes)
