@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from ..kernels import forced_backend
 from .graphs import CapturedGraph, asks_for_more, can_capture, structure_of
 from .kv_cache.attention import use_attention
+from .kv_cache.paged import PagedBatching
 from .kv_cache.quantizer import KVQuantizer
 from .kv_cache.static import CodesLayer, Storage, enough
 from .prefill import attach_prefill
@@ -55,6 +56,7 @@ def attach_decoder(model: Any) -> None:
     if quantizers:
         use_attention(model.config.get_text_config())
         model.forward = Decoder(model, quantizers)
+        model.init_continuous_batching = PagedBatching(model)
         attach_prefill(model)
 
 

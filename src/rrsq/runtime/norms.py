@@ -33,15 +33,15 @@ class NormForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[..., channels]`` normalized."""
-        backend = forced_backend()
-        if (
-            ((x.is_cuda and backend != "eager") or backend == "triton")
-            and not is_compiling()
-            and not needs_gradient(x)
-        ):
+        if not is_compiling() and not needs_gradient(x) and _has_kernel(x):
             return kernels.rms_norm(x, self.module.weight, *self.arguments)  # type: ignore[arg-type]
         result: Tensor = type(self.module).forward(self.module, x)
         return result
+
+
+def _has_kernel(x: Tensor) -> bool:
+    backend = forced_backend()
+    return (x.is_cuda and backend != "eager") or backend == "triton"
 
 
 def use_norm_kernels(model: nn.Module) -> None:

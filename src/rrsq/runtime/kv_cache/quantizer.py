@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -270,7 +271,8 @@ class KVQuantizer(nn.Module):
             return False
         if self.keys.head_dim % 2 or self.keys.head_dim > 256:
             return False
-        backend = forced_backend()
+        # What is asked for in a context cannot be traced.
+        backend = None if is_compiling() else forced_backend()
         return backend == "triton" or (backend is None and device.type == "cuda")
 
     def attach(self, attention: nn.Module) -> None:
@@ -328,6 +330,8 @@ class KVQuantizer(nn.Module):
         codes = hidden is not None and not _trained(hidden) and self.reads_codes(hidden.device)
         codes = codes and not getattr(cache, "offloading", False)
         if cache is None:
+            if kwargs.get("cache") is not None:  # Of continuous batching: see .paged.
+                return args, kwargs
             return args, {**kwargs, "past_key_values": NoCache(self, positions, codes)}
         layer = self._cache_layer(cache, int(attention.layer_idx), codes)  # type: ignore[arg-type]
         if layer is not None:
@@ -340,7 +344,7 @@ class KVQuantizer(nn.Module):
             return None
         layers = getattr(cache, "layers", None)
         if not isinstance(cache, Cache) or layers is None:
-            return self._refuse(type(cache).__name__)
+            return self._refuse(cache, type(cache).__name__)
         while len(layers) <= index and cache.layer_class_to_replicate is not None:
             layers.append(cache.layer_class_to_replicate())
         layer = layers[index]
@@ -348,7 +352,7 @@ class KVQuantizer(nn.Module):
             return layer
         new = self.quantized(layer, codes)
         if new is None:
-            return self._refuse(type(layer).__name__)
+            return self._refuse(cache, type(layer).__name__)
         layers[index] = new
         return new
 
@@ -361,18 +365,27 @@ class KVQuantizer(nn.Module):
             return None
         sliding = type(layer) in (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
         if codes and (sliding or type(layer) in (DynamicLayer, StaticLayer)):
-            return CodesLayer(self, _window(layer) if sliding else None)
+            return CodesLayer(
+                self, _window(layer) if sliding else None, reserved=getattr(layer, "max_cache_len", 0)
+            )
         if type(layer) is DynamicSlidingWindowLayer:
             return QuantizedSlidingLayer(self, layer.sliding_window, record_past=layer.record_past)
         return QuantizedCacheLayer(self) if type(layer) is DynamicLayer else None
 
     @staticmethod
-    def _refuse(kind: str) -> None:
-        warnings.warn(
-            f"The KV cache stays in 16 bits: '{kind}' cannot hold quantized keys and values. Leave the cache"
-            " to generate(), or pass an empty DynamicCache.",
-            stacklevel=2,
-        )
+    def _refuse(cache: Any, kind: str) -> None:
+        if not getattr(cache, "_rrsq_refused", False):
+            cache._rrsq_refused = True
+            _say_that_it_stays(kind)
+
+
+@torch.compiler.assume_constant_result  # Runs where it is traced, and is no part of what is compiled.
+def _say_that_it_stays(kind: str) -> None:
+    warnings.warn(
+        f"The KV cache stays in 16 bits: '{kind}' cannot hold quantized keys and values. Leave the cache"
+        " to generate(), or pass an empty DynamicCache or rrsq.KVCache.",
+        stacklevel=2,
+    )
 
 
 def _trained(hidden: Any) -> bool:

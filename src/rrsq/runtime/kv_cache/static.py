@@ -81,10 +81,10 @@ class CodesLayer(DynamicLayer):
         sliding_window: tokens a query sees, itself included; None: all.
         storage: shared with the cache's other layers, or None: one of its own, when tokens come.
         index: of the layer in the storage.
+        reserved: tokens that there is to be room for from the start.
 
     Attributes:
         tokens: stored.
-        reserved: tokens that there is to be room for from the start.
     """
 
     def __init__(
@@ -93,13 +93,14 @@ class CodesLayer(DynamicLayer):
         sliding_window: int | None = None,
         storage: Storage | None = None,
         index: int = 0,
+        reserved: int = 0,
     ) -> None:
         super().__init__()
         self.quantizer = quantizer
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.record_past = False
-        self.reserved = 0
+        self.reserved = reserved
         self.next_positions: Tensor | None = None
         self.tokens = 0
         self.storage = storage
@@ -148,7 +149,8 @@ class CodesLayer(DynamicLayer):
         batch, _, new, _ = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         if self.storage is None or not self.storage.fits(batch, self.tokens + new, key_states.device):
-            self.attach(Storage((self.quantizer,), batch, enough(self.tokens + new), key_states.device), 0)
+            capacity = enough(max(self.tokens + new, self.reserved))
+            self.attach(Storage((self.quantizer,), batch, capacity, key_states.device), 0)
             self.used.fill_(self.tokens)
         storage = self.storage
         assert storage is not None
