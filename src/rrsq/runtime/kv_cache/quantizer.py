@@ -73,6 +73,7 @@ class CacheTensorQuantizer(nn.Module):
         self.group_size = math.gcd(scheme.group_size, head_dim)
         self.head_dim = head_dim
         self.kv_heads = kv_heads
+        self._rotation: Tensor | None = None
         self.register_buffer("offset", torch.zeros(kv_heads, head_dim) if scheme.offset else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -91,11 +92,22 @@ class CacheTensorQuantizer(nn.Module):
         minimum = torch.zeros_like(scale) if self.scheme.zero_point else None
         return torch.zeros(*rows, codes, dtype=torch.uint8, device=device), scale, minimum
 
+    def rotation(self, device: torch.device) -> Tensor:
+        """The Hadamard matrix, float32 ``[head_dim, head_dim]``, orthonormal.
+
+        It is kept here, where a forward pass that is traced finds it: Dynamo passes over caches of functions
+        and would trace how it is made.
+        """
+        made = self._rotation
+        if made is None or made.device != device:
+            made = self._rotation = _head_rotation(self.head_dim, device)
+        return made
+
     def signs(self, device: torch.device) -> Tensor | None:
         """int8 ``[head_dim, head_dim]`` of ±1: the Hadamard matrix before it is made orthonormal, or None."""
         if not self.scheme.rotate:
             return None
-        return (_head_rotation(self.head_dim, device) * self.head_dim**0.5).round().to(torch.int8)
+        return (self.rotation(device) * self.head_dim**0.5).round().to(torch.int8)
 
     def forward(self) -> Tensor | None:
         """The offset, where the model runs: a call brings it there from where accelerate has offloaded it."""
@@ -109,7 +121,7 @@ class CacheTensorQuantizer(nn.Module):
         """Codes, scales and minima of ``x``, from which its offset has been taken."""
         x = x.float()
         if self.scheme.rotate:
-            x = x @ _head_rotation(self.head_dim, x.device)
+            x = x @ self.rotation(x.device)
         codes, scale, minimum = encode_cache(x, self.scheme.bits, self.group_size, self.scheme.zero_point)
         stored = {"codes": codes, "scale": scale}
         return stored if minimum is None else {**stored, "minimum": minimum}
@@ -117,7 +129,7 @@ class CacheTensorQuantizer(nn.Module):
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         """float32 ``[batch, kv_heads, tokens, head_dim]``, without the offset."""
         x = decode_cache(stored["codes"], stored["scale"], stored.get("minimum"), self.scheme.bits)
-        return x @ _head_rotation(self.head_dim, x.device).t() if self.scheme.rotate else x
+        return x @ self.rotation(x.device).t() if self.scheme.rotate else x
 
 
 class _Constants(NamedTuple):
@@ -205,7 +217,7 @@ class KVQuantizer(nn.Module):
         )
         if constants.value_signs is None:
             return out
-        out = out.float() @ _head_rotation(out.shape[-1], out.device).t()
+        out = out.float() @ self.values.rotation(out.device).t()
         if constants.value_offset is not None:
             shared = query.shape[2] // constants.value_offset.shape[0]
             out = out + constants.value_offset.repeat_interleave(shared, 0)
@@ -262,6 +274,16 @@ class KVQuantizer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_constants": {}}
+
+    def follow(self, device: torch.device) -> None:
+        """Have what a forward pass needs on a device, so that a compiled one finds it there."""
+        if device.type == "meta":
+            return
+        if self.rotary is not None and self.keys.offset is not None:
+            self.rotary.follow(device)
+        for tensor in (self.keys, self.values):
+            if tensor.scheme.rotate:
+                tensor.rotation(device)
 
     def reads_codes(self, device: torch.device) -> bool:
         """Whether the attention is :mod:`.attention`'s and reads codes on this device."""
