@@ -1,6 +1,7 @@
 """rrsq: real INT4 weights, activations and KV cache for Hugging Face LLMs, with Rotated Runtime Smooth.
 
-``rrsq.quantize`` makes a checkpoint, ``rrsq.load`` loads it, ``rrsq.evaluate`` measures it (docs/python.md).
+``rrsq.quantize`` makes a checkpoint, ``rrsq.load`` loads it, ``rrsq.evaluate`` measures it, and
+``rrsq.KVCache`` is a cache for one's own loop (docs/python.md).
 ``import rrsq`` lets ``transformers.AutoModelForCausalLM.from_pretrained`` load rrsq checkpoints, and PEFT
 train LoRA adapters beside them; it imports none of torch, transformers and PEFT itself.
 """
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .api import evaluate, quantize
+    from .runtime.kv_cache.cache import KVCache
 
-__all__ = ["__version__", "evaluate", "load", "quantize"]
+__all__ = ["KVCache", "__version__", "evaluate", "load", "quantize"]
 __version__ = "0.1.0"
 
 register()
@@ -42,7 +44,11 @@ def load(path: str, *, device: str = "auto", dtype: str = "auto", **kwargs: Any)
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of :mod:`rrsq.api`, imported when they are first asked for."""
+    """The functions of :mod:`rrsq.api` and ``KVCache``, imported when they are first asked for."""
+    if name == "KVCache":
+        from .runtime.kv_cache.cache import KVCache
+
+        return KVCache
     if name not in ("evaluate", "quantize"):
         raise AttributeError(f"module 'rrsq' has no attribute '{name}'")
     from . import api

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -155,8 +157,13 @@ def settle(model: nn.Module) -> None:
             module.input_quantizer.rotation.follow(module.weight_packed.device)
         elif isinstance(module, RotatedLinear):
             module.rotation.follow(module.weight.device)
-        elif isinstance(module, KVQuantizer) and module.rotary is not None and module.keys.offset is not None:
-            module.rotary.follow(module.keys.offset.device)
+        attention_cache = getattr(module, "kv_quantizer", None)
+        if isinstance(attention_cache, KVQuantizer):
+            attention_cache.follow(next(_tensors(module)).device)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())
 
 
 def key_rotary(model: nn.Module, family: ModelFamily, index: int) -> KeyRotary | None:

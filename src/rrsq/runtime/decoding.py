@@ -4,10 +4,11 @@ A decode step of an 8B model launches thousands of kernels that run for microsec
 takes ten times as long as they run. :class:`Decoder` stands in the place of a model's ``forward``. It gives a
 cache of codes a :class:`~.kv_cache.static.Storage` that stays where it is, and where a forward pass is a
 decode step on such a cache, it replays a graph of it. Everything else is the model's own forward pass:
-prompts, several new tokens, other caches, gradients, adapters, autocast, hidden states, ``torch.compile``.
+several new tokens, other caches, gradients, adapters, autocast, hidden states, ``torch.compile``, and
+prompts, of which :mod:`.prefill` makes graphs.
 
-A graph knows nothing of what is changed later: hooks and modules that are not those of its capture are found
-when the next cache begins, and their graphs thrown away.
+A graph knows nothing of what is changed later: modules that are not those of its capture are found when the
+next cache begins, and their graphs thrown away. With hooks of somebody else nothing is captured.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from torch.compiler import is_compiling
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..kernels import forced_backend
+from .graphs import CapturedGraph, asks_for_more, can_capture, structure_of
 from .kv_cache.attention import use_attention
+from .kv_cache.paged import PagedBatching
 from .kv_cache.quantizer import KVQuantizer
 from .kv_cache.static import CodesLayer, Storage, enough
+from .prefill import attach_prefill
 
 __all__ = ["Decoder", "attach_decoder", "detach_decoder"]
 
@@ -52,6 +56,8 @@ def attach_decoder(model: Any) -> None:
     if quantizers:
         use_attention(model.config.get_text_config())
         model.forward = Decoder(model, quantizers)
+        model.init_continuous_batching = PagedBatching(model)
+        attach_prefill(model)
 
 
 def detach_decoder(model: Any) -> None:
@@ -64,7 +70,7 @@ def detach_decoder(model: Any) -> None:
 class _Graph:
     """A decode step with the tensors that it reads and writes."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: CapturedGraph
     input_ids: Tensor
     position_ids: Tensor
     mask: Tensor
@@ -113,7 +119,6 @@ class Decoder:
 
     def _start(self) -> None:
         self._pool = _Pool()
-        self._capturing = threading.Lock()
         self._refused: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,9 +147,15 @@ class Decoder:
         storage = None
         if isinstance(tokens, Tensor) and not torch.is_grad_enabled() and not self._is_spread():
             storage = self._storage(cache, tokens)
-        if storage is None or self._refused is not None or not self._is_step(cache, kwargs):
+        if storage is None or not self._is_plain(storage, kwargs):
             return forward(self.model, **kwargs)
-        return self._step(cache, storage, kwargs)
+        if self._refused is None and self._is_step(cache, kwargs):
+            return self._step(cache, storage, kwargs)
+        storage.prompts = True
+        try:
+            return forward(self.model, **kwargs)
+        finally:
+            storage.prompts = False
 
     def _is_spread(self) -> bool:
         """Whether the model's layers are on several devices: each keeps its tokens where it is then."""
@@ -166,11 +177,12 @@ class Decoder:
             return storage
         capacity = max(needed, layers[0].reserved)
         storage = self._pool.take(self.quantizers, batch, capacity, device)
-        structure = self._structure()
+        structure = structure_of(self.model)
         if storage.structure != structure:
             storage.structure, storage.graphs = structure, {}
         for index, layer in enumerate(layers):
             layer.attach(storage, index)
+        storage.used.fill_(layers[0].tokens)
         lender = getattr(cache, "_rrsq_lender", None)
         if lender is not None:
             lender()
@@ -190,29 +202,28 @@ class Decoder:
         layers[:] = new
         return True
 
-    def _structure(self) -> tuple[Any, ...]:
-        """What the forward pass runs: its modules and their hooks."""
-        return tuple(
-            (id(module), len(module._forward_hooks), len(module._forward_pre_hooks))
-            for module in self.model.modules()
+    def _is_plain(self, storage: Storage, kwargs: dict[str, Any]) -> bool:
+        """Whether there is nothing in a forward pass that a graph would not know of."""
+        return (
+            storage.structure is not None
+            and not self.model.training
+            and not hasattr(self.model, "peft_config")
+            and not torch.is_autocast_enabled(storage.device.type)
+            and kwargs.get("use_cache") is not False
+            and kwargs.get("return_dict") is not False
+            and not asks_for_more(kwargs, _KNOWN)
         )
 
     def _is_step(self, cache: Cache, kwargs: dict[str, Any]) -> bool:
-        """Whether a forward pass is one new token of each sequence and nothing else."""
+        """Whether a forward pass is one new token of each sequence."""
         input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         seen = cache.layers[0].tokens
         return (
             isinstance(input_ids, Tensor)
-            and input_ids.device.type == "cuda"
+            and can_capture(input_ids.device)
             and input_ids.shape[1] == 1
             and seen > 0
-            and not self.model.training
-            and not hasattr(self.model, "peft_config")
-            and not torch.is_autocast_enabled("cuda")
             and (mask is None or (isinstance(mask, Tensor) and mask.shape == (input_ids.shape[0], seen + 1)))
-            and kwargs.get("use_cache") is not False
-            and kwargs.get("return_dict") is not False
-            and all(name in _KNOWN or not value for name, value in kwargs.items())
         )
 
     def _step(self, cache: Cache, storage: Storage, kwargs: dict[str, Any]) -> Any:
@@ -252,13 +263,14 @@ class Decoder:
     def _capture(self, cache: Cache, storage: Storage, kwargs: dict[str, Any]) -> _Graph | None:
         """A graph of a decode step; None, and no graphs from now on, where the model cannot be captured."""
         layers: list[Any] = cache.layers
-        input_ids, seen = kwargs["input_ids"].clone(), layers[0].tokens
-        positions = torch.full_like(input_ids, seen)
+        seen = layers[0].tokens
         # With a mask of four dimensions transformers makes none of its own, which would be that of one
         # length: attention is causal and windowed by itself, and sees what lies beyond the last column.
         columns = storage.capacity if kwargs.get("attention_mask") is not None else 1
-        mask = torch.ones((storage.batch, 1, 1, columns), dtype=torch.bool, device=storage.device)
-        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(False):  # See CapturedGraph.
+            input_ids = kwargs["input_ids"].clone()
+            positions = torch.full_like(input_ids, seen)
+            mask = torch.ones((storage.batch, 1, 1, columns), dtype=torch.bool, device=storage.device)
         given = {
             **kwargs,
             "input_ids": input_ids,
@@ -267,11 +279,15 @@ class Decoder:
             "use_cache": True,
             "return_dict": True,
         }
+
+        def run() -> Any:
+            outputs = type(self.model).forward(self.model, **given)
+            storage.used.add_(1)
+            return outputs
+
         storage.together = True
         try:
-            with self._capturing, torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                outputs = type(self.model).forward(self.model, **given)
-                storage.used.add_(1)
+            graph = CapturedGraph(run)
         except RuntimeError as error:
             self._refused = str(error).splitlines()[0]
             logger.warning(
@@ -283,6 +299,7 @@ class Decoder:
             storage.together = False
             for layer in layers:
                 layer.tokens = seen
+        outputs = graph.result
         kept = {name: value for name, value in outputs.items() if not isinstance(value, Cache)}
         if set(kept) != {"logits"}:  # Hidden states, say, that the configuration asks for.
             self._refused = f"the forward pass gives {', '.join(sorted(kept))}"

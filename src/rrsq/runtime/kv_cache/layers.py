@@ -25,14 +25,29 @@ class QuantizedCacheLayer(DynamicLayer):
     included: attention never sees a key or value that was not quantized.
     """
 
-    keys: Tensor | None
-    values: Tensor | None
-
     def __init__(self, quantizer: KVQuantizer) -> None:
         super().__init__()
         self.quantizer = quantizer
         self.next_positions: Tensor | None = None
         self.stored: dict[str, Tensor] = {}
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Those stored, dequantized, ``[batch, kv_heads, tokens, head_dim]``."""
+        return self.quantizer.decode(self.stored, self.dtype)[0] if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, _: object) -> None:
+        """What is stored is codes: what transformers sets is its own empty beginning."""
+
+    @property
+    def values(self) -> Tensor | None:
+        """Those stored, dequantized, ``[batch, kv_heads, tokens, head_dim]``."""
+        return self.quantizer.decode(self.stored, self.dtype)[1] if self.is_initialized else None
+
+    @values.setter
+    def values(self, _: object) -> None:
+        pass
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +74,6 @@ class QuantizedCacheLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget all tokens."""
         self.stored = {}
-        self.keys = self.values = None
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -98,7 +112,6 @@ class QuantizedCacheLayer(DynamicLayer):
 
     def _store(self, stored: dict[str, Tensor]) -> None:
         self.stored = stored
-        self.keys, self.values = stored["key_codes"], stored["value_codes"]
         self.is_initialized = True
 
 

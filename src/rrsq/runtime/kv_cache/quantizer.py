@@ -75,6 +75,7 @@ class CacheTensorQuantizer(nn.Module):
         self.group_size = math.gcd(scheme.group_size, head_dim)
         self.head_dim = head_dim
         self.kv_heads = kv_heads
+        self._rotation: Tensor | None = None
         offset = torch.zeros(kv_heads, head_dim, dtype=torch.float32) if scheme.offset else None
         self.register_buffer("offset", offset)
 
@@ -94,11 +95,22 @@ class CacheTensorQuantizer(nn.Module):
         minimum = torch.zeros_like(scale) if self.scheme.zero_point else None
         return torch.zeros(*rows, codes, dtype=torch.uint8, device=device), scale, minimum
 
+    def rotation(self, device: torch.device) -> Tensor:
+        """The Hadamard matrix, float32 ``[head_dim, head_dim]``, orthonormal.
+
+        It is kept here, where a forward pass that is traced finds it: Dynamo passes over caches of functions
+        and would trace how it is made.
+        """
+        made = self._rotation
+        if made is None or made.device != device:
+            made = self._rotation = _head_rotation(self.head_dim, device)
+        return made
+
     def signs(self, device: torch.device) -> Tensor | None:
         """int8 ``[head_dim, head_dim]`` of ±1: the Hadamard matrix before it is made orthonormal, or None."""
         if not self.scheme.rotate:
             return None
-        return (_head_rotation(self.head_dim, device) * self.head_dim**0.5).round().to(torch.int8)
+        return (self.rotation(device) * self.head_dim**0.5).round().to(torch.int8)
 
     def forward(self) -> Tensor | None:
         """The offset, where the model runs: a call brings it there from where accelerate has offloaded it."""
@@ -112,7 +124,7 @@ class CacheTensorQuantizer(nn.Module):
         """Codes, scales and minima of ``x``, from which its offset has been taken."""
         x = x.float()
         if self.scheme.rotate:
-            x = x @ _head_rotation(self.head_dim, x.device)
+            x = x @ self.rotation(x.device)
         scheme = self.scheme
         codes, scale, minimum = encode_cache(
             x, scheme.bits, self.group_size, scheme.zero_point, scheme.signed
@@ -123,7 +135,7 @@ class CacheTensorQuantizer(nn.Module):
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         """float32 ``[batch, kv_heads, tokens, head_dim]``, without the offset."""
         x = decode_cache(stored["codes"], stored["scale"], stored.get("minimum"), self.scheme.bits)
-        return x @ _head_rotation(self.head_dim, x.device).t() if self.scheme.rotate else x
+        return x @ self.rotation(x.device).t() if self.scheme.rotate else x
 
 
 class _Constants(NamedTuple):
@@ -214,7 +226,7 @@ class KVQuantizer(nn.Module):
         )
         if constants.value_signs is None:
             return out
-        out = out.float() @ _head_rotation(out.shape[-1], out.device).t()
+        out = out.float() @ self.values.rotation(out.device).t()
         if constants.value_offset is not None:
             shared = query.shape[2] // constants.value_offset.shape[0]
             out = out + constants.value_offset.repeat_interleave(shared, 0)
@@ -312,6 +324,16 @@ class KVQuantizer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_constants": {}, "_chosen": {}}
 
+    def follow(self, device: torch.device) -> None:
+        """Have what a forward pass needs on a device, so that a compiled one finds it there."""
+        if device.type == "meta":
+            return
+        if self.rotary is not None and self.keys.offset is not None:
+            self.rotary.follow(device)
+        for tensor in (self.keys, self.values):
+            if tensor.scheme.rotate:
+                tensor.rotation(device)
+
     def reads_codes(self, device: torch.device) -> bool:
         """Whether the attention is :mod:`.attention`'s and reads codes on this device."""
         if getattr(self._config, "_attn_implementation", None) != ATTENTION:
@@ -320,7 +342,8 @@ class KVQuantizer(nn.Module):
             return False
         if self.keys.head_dim % 2 or self.keys.head_dim > 256:
             return False
-        backend = forced_backend()
+        # What is asked for in a context cannot be traced.
+        backend = None if is_compiling() else forced_backend()
         return backend == "triton" or (backend is None and device.type == "cuda")
 
     def attach(self, attention: nn.Module) -> None:
@@ -381,6 +404,8 @@ class KVQuantizer(nn.Module):
         cache = kwargs.get("past_key_values")
         hidden = args[0] if args else kwargs.get("hidden_states")
         if cache is None:
+            if kwargs.get("cache") is not None:  # Of continuous batching: see .paged.
+                return args, kwargs
             return args, {**kwargs, "past_key_values": NoCache(self, positions, self._reads_codes_of(hidden))}
         layer = self._cache_layer(cache, int(attention.layer_idx), hidden)  # type: ignore[arg-type]
         if layer is not None:
@@ -402,7 +427,7 @@ class KVQuantizer(nn.Module):
             return None
         layers = getattr(cache, "layers", None)
         if not isinstance(cache, Cache) or layers is None:
-            return self._refuse(type(cache).__name__)
+            return self._refuse(cache, type(cache).__name__)
         while len(layers) <= index and cache.layer_class_to_replicate is not None:
             layers.append(cache.layer_class_to_replicate())
         layer = layers[index]
@@ -411,7 +436,7 @@ class KVQuantizer(nn.Module):
         codes = self._reads_codes_of(hidden) and not getattr(cache, "offloading", False)
         new = self.quantized(layer, codes)
         if new is None:
-            return self._refuse(type(layer).__name__)
+            return self._refuse(cache, type(layer).__name__)
         layers[index] = new
         return new
 
@@ -424,18 +449,27 @@ class KVQuantizer(nn.Module):
             return None
         sliding = type(layer) in (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
         if codes and (sliding or type(layer) in (DynamicLayer, StaticLayer)):
-            return CodesLayer(self, _window(layer) if sliding else None)
+            return CodesLayer(
+                self, _window(layer) if sliding else None, reserved=getattr(layer, "max_cache_len", 0)
+            )
         if type(layer) is DynamicSlidingWindowLayer:
             return QuantizedSlidingLayer(self, layer.sliding_window, record_past=layer.record_past)
         return QuantizedCacheLayer(self) if type(layer) is DynamicLayer else None
 
     @staticmethod
-    def _refuse(kind: str) -> None:
-        warnings.warn(
-            f"The KV cache stays in 16 bits: '{kind}' cannot hold quantized keys and values. Leave the cache"
-            " to generate(), or pass an empty DynamicCache.",
-            stacklevel=2,
-        )
+    def _refuse(cache: Any, kind: str) -> None:
+        if not getattr(cache, "_rrsq_refused", False):
+            cache._rrsq_refused = True
+            _say_that_it_stays(kind)
+
+
+@torch.compiler.assume_constant_result  # Runs where it is traced, and is no part of what is compiled.
+def _say_that_it_stays(kind: str) -> None:
+    warnings.warn(
+        f"The KV cache stays in 16 bits: '{kind}' cannot hold quantized keys and values. Leave the cache"
+        " to generate(), or pass an empty DynamicCache or rrsq.KVCache.",
+        stacklevel=2,
+    )
 
 
 def _trained(hidden: Any) -> bool:

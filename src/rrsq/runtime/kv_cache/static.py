@@ -35,7 +35,9 @@ class Storage:
         used: int32 ``[layers]``, tokens stored before a forward pass.
         shift: int32 ``[batch]``, position of the first row of each sequence.
         together: ``used`` is raised for all layers at the end of a forward pass, not by each layer.
-        graphs, structure: of a :class:`~rrsq.runtime.decoding.Decoder`.
+        graphs: of a :class:`~rrsq.runtime.decoding.Decoder` and its prompts.
+        structure: of the model that they were captured of, None where nothing can be.
+        prompts: a forward pass is running that may be captured if it is of prompts.
     """
 
     def __init__(
@@ -46,9 +48,9 @@ class Storage:
             self.pages = [quantizer.pages(batch, capacity, device) for quantizer in quantizers]
             self.used = torch.zeros(len(quantizers), dtype=torch.int32, device=device)
             self.shift = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.together = False
+        self.together = self.prompts = False
         self.graphs: dict[Any, Any] = {}
-        self.structure: tuple[Any, ...] = ()
+        self.structure: tuple[Any, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -79,10 +81,10 @@ class CodesLayer(DynamicLayer):
         sliding_window: tokens a query sees, itself included; None: all.
         storage: shared with the cache's other layers, or None: one of its own, when tokens come.
         index: of the layer in the storage.
+        reserved: tokens that there is to be room for from the start.
 
     Attributes:
         tokens: stored.
-        reserved: tokens that there is to be room for from the start.
     """
 
     def __init__(
@@ -91,13 +93,14 @@ class CodesLayer(DynamicLayer):
         sliding_window: int | None = None,
         storage: Storage | None = None,
         index: int = 0,
+        reserved: int = 0,
     ) -> None:
         super().__init__()
         self.quantizer = quantizer
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.record_past = False
-        self.reserved = 0
+        self.reserved = reserved
         self.next_positions: Tensor | None = None
         self.tokens = 0
         self.storage = storage
@@ -152,7 +155,9 @@ class CodesLayer(DynamicLayer):
         batch, _, new, _ = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         if self.storage is None or not self.storage.fits(batch, self.tokens + new, key_states.device):
-            self._move(Storage((self.quantizer,), batch, enough(self.tokens + new), key_states.device))
+            capacity = enough(max(self.tokens + new, self.reserved))
+            self.attach(Storage((self.quantizer,), batch, capacity, key_states.device), 0)
+            self.used.fill_(self.tokens)
         storage = self.storage
         assert storage is not None
         if self.tokens == 0 and self.index == 0:
@@ -169,10 +174,7 @@ class CodesLayer(DynamicLayer):
         return tokens, tokens
 
     def attach(self, storage: Storage, index: int) -> None:
-        """Keep the tokens in another storage from now on."""
-        self._move(storage, index)
-
-    def _move(self, storage: Storage, index: int = 0) -> None:
+        """Keep the tokens in another storage from now on, whose ``used`` the caller sets."""
         old = self.storage
         if old is not None and self.tokens:
             for new, tensor in zip(storage.pages[index], self.pages, strict=True):
@@ -180,7 +182,12 @@ class CodesLayer(DynamicLayer):
                     new[:, :, : self.tokens] = tensor[:, :, : self.tokens]
             storage.shift.copy_(old.shift)
         self.storage, self.index = storage, index
-        self.used.fill_(self.tokens)
+
+    def filled(self, tokens: int, dtype: torch.dtype) -> None:
+        """Know of tokens that a graph has written, whose keys were in ``dtype``."""
+        assert self.storage is not None
+        self.tokens, self.dtype, self.device = tokens, dtype, self.storage.device
+        self.is_initialized = True
 
     def _read(self) -> tuple[Tensor, Tensor]:
         assert self.storage is not None
