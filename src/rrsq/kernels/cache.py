@@ -24,7 +24,9 @@ from .codes import code_max
 __all__ = [
     "CachePages",
     "angles",
+    "chunk_size",
     "decode_cache",
+    "dequantized_chunk",
     "dequantized_halves",
     "encode_cache",
     "offset_keys",
@@ -37,6 +39,27 @@ __all__ = [
 _HALF_MAX = torch.finfo(torch.float16).max
 _HALF_TINY = 2.0**-24
 _COMPILED = tl.constexpr(COMPILED)
+
+
+def _assembly(nibbles: bool, zero: int) -> str:
+    """Numbers of four bytes, less ``zero``: two registers of float16; of nibbles two and two."""
+    registers = "b, l, h" if nibbles else "b"
+    lines = [f".reg .b32 {registers};", f"mov.b32 b, {0x64006400 + 0x10001 * zero:#x};"]
+    sources = ("$2",)
+    if nibbles:
+        lines += ["and.b32 l, $4, 0x0F0F0F0F;", "shr.u32 h, $4, 4;", "and.b32 h, h, 0x0F0F0F0F;"]
+        sources = ("l", "h")
+    for index, source in enumerate(sources):
+        for part, selector in enumerate(("0x5150", "0x5352")):
+            lines.append(f"prmt.b32 ${2 * index + part}, {source}, 0x64646464, {selector};")
+    lines += [f"sub.f16x2 ${index}, ${index}, b;" for index in range(2 * len(sources))]
+    return "{" + " ".join(lines) + "}"
+
+
+_NIBBLES = tl.constexpr(_assembly(True, 0))
+_SIGNED_NIBBLES = tl.constexpr(_assembly(True, 8))
+_BYTES = tl.constexpr(_assembly(False, 0))
+_SIGNED_BYTES = tl.constexpr(_assembly(False, 128))
 
 
 class CachePages(NamedTuple):
@@ -273,6 +296,129 @@ def dequantized_halves(
         BITS, GROUPS, GROUP, HALF, ROWS, PADDED, MINIMUM,
     )  # fmt: skip
     return first, second
+
+
+@triton.jit
+def _numbers(codes, BITS: tl.constexpr, SIGNED: tl.constexpr):
+    """The numbers that bytes stand for, float16: the low and the high nibbles', or of 8 bits twice the same.
+
+    On a GPU four bytes at a time: a number in the mantissa of 1024, less 1024; conversions of single integers
+    would take most of the time of decoding.
+    """
+    if _COMPILED:
+        if BITS == 4:
+            return tl.inline_asm_elementwise(
+                _SIGNED_NIBBLES if SIGNED else _NIBBLES,
+                "=&r,=&r,=&r,=&r,r",
+                [codes],
+                dtype=(tl.float16, tl.float16),
+                is_pure=True,
+                pack=4,
+            )
+        number = tl.inline_asm_elementwise(
+            _SIGNED_BYTES if SIGNED else _BYTES, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+        )
+        return number, number
+    zero: tl.constexpr = 2.0 ** (BITS - 1) if SIGNED else 0.0
+    if BITS == 4:
+        return (codes & 0xF).to(tl.float16) - zero, (codes >> 4).to(tl.float16) - zero
+    return codes.to(tl.float16) - zero, codes.to(tl.float16) - zero
+
+
+@triton.jit
+def _scaled(
+    number,
+    scale_pointer,
+    minimum_pointer,
+    rows,
+    valid,
+    first,
+    inside,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ONE: tl.constexpr,
+    MINIMUM: tl.constexpr,
+):
+    """Numbers of ``CHUNK`` channels from ``first`` on, by their scales (``ONE`` or more) and minima."""
+    if ONE:
+        place = rows + first // GROUP
+        scale = tl.load(scale_pointer + place, mask=valid, other=0.0)[:, None]
+        if MINIMUM:
+            minimum = tl.load(minimum_pointer + place, mask=valid, other=0.0)[:, None]
+    else:
+        place = rows[:, None] + ((first + tl.arange(0, CHUNK)) // GROUP)[None, :]
+        scale = tl.load(scale_pointer + place, mask=inside, other=0.0)
+        if MINIMUM:
+            minimum = tl.load(minimum_pointer + place, mask=inside, other=0.0)
+    number = number * scale
+    if MINIMUM:
+        number = number + minimum
+    return number
+
+
+@triton.jit
+def dequantized_chunk(
+    codes_pointer,
+    scale_pointer,
+    minimum_pointer,
+    code_rows,
+    scale_rows,
+    valid,
+    chunk: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MINIMUM: tl.constexpr,
+):
+    """Chunk ``chunk`` of the lower and of the upper half of the channels of some cached tokens.
+
+    Args:
+        codes_pointer, scale_pointer, minimum_pointer: of :class:`CachePages`.
+        code_rows, scale_rows: where each token's codes and scales begin.
+        valid: the tokens that there are.
+        chunk: of ``CHUNK`` channels; :func:`chunk_size`.
+
+    Returns:
+        Two of float16 ``[tokens, CHUNK]``. What is not ``valid`` and what lies beyond ``HALF`` channels is
+        finite (zero codes, zero scale).
+    """
+    first: tl.constexpr = chunk * CHUNK
+    # Loads of whole rows are wide ones; a mask of channels would stand in the way.
+    ONE: tl.constexpr = HALF % CHUNK == 0 and GROUP % CHUNK == 0
+    channel = first + tl.arange(0, CHUNK)
+    inside = valid[:, None] & (channel < HALF)[None, :]
+    place = code_rows[:, None] + channel[None, :]
+    if ONE:
+        inside = valid[:, None]
+    if BITS == 4:
+        low, high = _numbers(tl.load(codes_pointer + place, mask=inside, other=0), BITS, not MINIMUM)
+    else:
+        low, _ = _numbers(tl.load(codes_pointer + place, mask=inside, other=0), BITS, not MINIMUM)
+        high, _ = _numbers(tl.load(codes_pointer + place + HALF, mask=inside, other=0), BITS, not MINIMUM)
+    low = _scaled(
+        low, scale_pointer, minimum_pointer, scale_rows, valid, first, inside, GROUP, CHUNK, ONE, MINIMUM
+    )
+    high = _scaled(
+        high,
+        scale_pointer,
+        minimum_pointer,
+        scale_rows,
+        valid,
+        HALF + first,
+        inside,
+        GROUP,
+        CHUNK,
+        ONE,
+        MINIMUM,
+    )
+    return low, high
+
+
+def chunk_size(head_dim: int, group_size: int) -> int:
+    """Channels that :func:`dequantized_chunk` takes at once: of one scale each where groups allow it."""
+    half = head_dim // 2
+    return 32 if half % 32 == 0 and group_size % 32 == 0 else 16
 
 
 @triton.jit

@@ -121,6 +121,52 @@ def _codes_of(x, scale, low, BITS: tl.constexpr, MINIMUM: tl.constexpr, SIGNED: 
 
 
 @triton.jit
+def _grid(least, most, spoilt, BITS: tl.constexpr, MINIMUM: tl.constexpr, SIGNED: tl.constexpr):
+    """Scales and minima of groups, float16, of their extremes."""
+    floor = tl.zeros(most.shape, tl.float16)
+    if MINIMUM:
+        floor = tl.minimum(tl.maximum(least, -_HALF_MAX), _HALF_MAX).to(tl.float16)
+        scale = tl.div_rn(most - floor.to(tl.float32), tl.full(most.shape, 2.0**BITS - 1, tl.float32))
+    elif SIGNED:
+        scale = tl.maximum(most, -least) * 2.0 ** (1 - BITS)
+    else:
+        scale = tl.div_rn(tl.maximum(most, -least), tl.full(most.shape, 2.0 ** (BITS - 1) - 0.5, tl.float32))
+    scale = tl.minimum(tl.maximum(scale, _HALF_TINY), _HALF_MAX)
+    if SIGNED:
+        scale = tl.where(most >= -least, -scale, scale)
+    return tl.where(spoilt == 0, scale, float("nan")).to(tl.float16), floor
+
+
+@triton.jit
+def _encoded_half(
+    x,
+    scale_pointer,
+    minimum_pointer,
+    scale_rows,
+    real,
+    first,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+    TILE: tl.constexpr,
+    MINIMUM: tl.constexpr,
+    SIGNED: tl.constexpr,
+):
+    """Codes ``[TILE, HALF]`` of half of the channels, which is of whole groups from ``first`` on."""
+    x = x.reshape(TILE, HALF // GROUP, GROUP)
+    # NaN is passed over by minima and maxima, and comes in last.
+    spoilt = tl.max((x != x).to(tl.int32), 2)
+    scale, floor = _grid(tl.min(x, 2), tl.max(x, 2), spoilt, BITS, MINIMUM, SIGNED)
+    place = scale_rows[:, None] + (first + tl.arange(0, HALF // GROUP))[None, :]
+    tl.store(scale_pointer + place, scale, mask=real[:, None])
+    if MINIMUM:
+        tl.store(minimum_pointer + place, floor, mask=real[:, None])
+    wide = tl.broadcast_to(scale.to(tl.float32)[:, :, None], (TILE, HALF // GROUP, GROUP))
+    codes = _codes_of(x, wide, floor.to(tl.float32)[:, :, None], BITS, MINIMUM, SIGNED)
+    return codes.reshape(TILE, HALF)
+
+
+@triton.jit
 def _store_encoded(
     low,
     high,
@@ -134,6 +180,7 @@ def _store_encoded(
     GROUPS: tl.constexpr,
     HALF: tl.constexpr,
     PADDED: tl.constexpr,
+    TILE: tl.constexpr,
     MINIMUM: tl.constexpr,
     SIGNED: tl.constexpr,
 ):
@@ -141,20 +188,27 @@ def _store_encoded(
     GROUP: tl.constexpr = 2 * HALF // GROUPS
     channel = tl.arange(0, PADDED)
     inside = channel < HALF
-    of_low = channel // GROUP
-    of_high = (channel + HALF) // GROUP
-    low_scale = tl.full(low.shape, 1.0, tl.float32)
-    high_scale = tl.full(low.shape, 1.0, tl.float32)
-    low_floor = tl.zeros(low.shape, tl.float32)
-    high_floor = tl.zeros(low.shape, tl.float32)
-    for group in tl.static_range(GROUPS):
-        in_low = (inside & (of_low == group))[None, :]
-        in_high = (inside & (of_high == group))[None, :]
-        # NaN is passed over by minima and maxima, and comes in last.
-        spoilt = tl.max((in_low & (low != low)).to(tl.int32), 1) + tl.max(
-            (in_high & (high != high)).to(tl.int32), 1
+    if HALF == PADDED and HALF % GROUP == 0:
+        low_codes = _encoded_half(
+            low, scale_pointer, minimum_pointer, scale_rows, real, 0, BITS, GROUP, HALF, TILE, MINIMUM, SIGNED
         )
-        if MINIMUM:
+        high_codes = _encoded_half(
+            high, scale_pointer, minimum_pointer, scale_rows, real, HALF // GROUP,
+            BITS, GROUP, HALF, TILE, MINIMUM, SIGNED,
+        )  # fmt: skip
+    else:
+        of_low = channel // GROUP
+        of_high = (channel + HALF) // GROUP
+        low_scale = tl.full(low.shape, 1.0, tl.float32)
+        high_scale = tl.full(low.shape, 1.0, tl.float32)
+        low_floor = tl.zeros(low.shape, tl.float32)
+        high_floor = tl.zeros(low.shape, tl.float32)
+        for group in tl.static_range(GROUPS):
+            in_low = (inside & (of_low == group))[None, :]
+            in_high = (inside & (of_high == group))[None, :]
+            spoilt = tl.max((in_low & (low != low)).to(tl.int32), 1) + tl.max(
+                (in_high & (high != high)).to(tl.int32), 1
+            )
             least = tl.minimum(
                 tl.min(tl.where(in_low, low, float("inf")), 1),
                 tl.min(tl.where(in_high, high, float("inf")), 1),
@@ -163,31 +217,16 @@ def _store_encoded(
                 tl.max(tl.where(in_low, low, float("-inf")), 1),
                 tl.max(tl.where(in_high, high, float("-inf")), 1),
             )
-            floor16 = tl.minimum(tl.maximum(least, -_HALF_MAX), _HALF_MAX).to(tl.float16)
-            floor = floor16.to(tl.float32)
-            scale = tl.div_rn(most - floor, tl.full(most.shape, 2.0**BITS - 1, tl.float32))
-            tl.store(minimum_pointer + scale_rows + group, floor16, mask=real)
-            low_floor = tl.where(in_low, floor[:, None], low_floor)
-            high_floor = tl.where(in_high, floor[:, None], high_floor)
-        elif SIGNED:
-            least = tl.minimum(tl.min(tl.where(in_low, low, 0.0), 1), tl.min(tl.where(in_high, high, 0.0), 1))
-            most = tl.maximum(tl.max(tl.where(in_low, low, 0.0), 1), tl.max(tl.where(in_high, high, 0.0), 1))
-            scale = tl.maximum(most, -least) * 2.0 ** (1 - BITS)
-            negative = most >= -least
-        else:
-            most = tl.maximum(
-                tl.max(tl.where(in_low, tl.abs(low), 0.0), 1), tl.max(tl.where(in_high, tl.abs(high), 0.0), 1)
-            )
-            scale = tl.div_rn(most, tl.full(most.shape, 2.0 ** (BITS - 1) - 0.5, tl.float32))
-        scale16 = tl.minimum(tl.maximum(scale, _HALF_TINY), _HALF_MAX)
-        if SIGNED:
-            scale16 = tl.where(negative, -scale16, scale16)
-        scale16 = tl.where(spoilt == 0, scale16, float("nan")).to(tl.float16)
-        tl.store(scale_pointer + scale_rows + group, scale16, mask=real)
-        low_scale = tl.where(in_low, scale16.to(tl.float32)[:, None], low_scale)
-        high_scale = tl.where(in_high, scale16.to(tl.float32)[:, None], high_scale)
-    low_codes = _codes_of(low, low_scale, low_floor, BITS, MINIMUM, SIGNED)
-    high_codes = _codes_of(high, high_scale, high_floor, BITS, MINIMUM, SIGNED)
+            scale, floor = _grid(least, most, spoilt, BITS, MINIMUM, SIGNED)
+            tl.store(scale_pointer + scale_rows + group, scale, mask=real)
+            if MINIMUM:
+                tl.store(minimum_pointer + scale_rows + group, floor, mask=real)
+                low_floor = tl.where(in_low, floor.to(tl.float32)[:, None], low_floor)
+                high_floor = tl.where(in_high, floor.to(tl.float32)[:, None], high_floor)
+            low_scale = tl.where(in_low, scale.to(tl.float32)[:, None], low_scale)
+            high_scale = tl.where(in_high, scale.to(tl.float32)[:, None], high_scale)
+        low_codes = _codes_of(low, low_scale, low_floor, BITS, MINIMUM, SIGNED)
+        high_codes = _codes_of(high, high_scale, high_floor, BITS, MINIMUM, SIGNED)
     place = codes_pointer + code_rows[:, None] + channel[None, :]
     present = real[:, None] & inside[None, :]
     if BITS == 4:
@@ -293,7 +332,7 @@ def _append_kernel(
         )
         _store_encoded(
             low, high, key_codes, key_scale, key_minimum, code_rows, scale_rows, real,
-            KEY_BITS, KEY_GROUPS, HALF, PADDED, KEY_MINIMUM, KEY_SIGNED,
+            KEY_BITS, KEY_GROUPS, HALF, PADDED, TILE, KEY_MINIMUM, KEY_SIGNED,
         )  # fmt: skip
     else:
         x = values + batch * values_stride_batch + head * values_stride_head + token * values_stride_token
@@ -311,7 +350,7 @@ def _append_kernel(
         )
         _store_encoded(
             low, high, value_codes, value_scale, value_minimum, code_rows, scale_rows, real,
-            VALUE_BITS, VALUE_GROUPS, HALF, PADDED, VALUE_MINIMUM, VALUE_SIGNED,
+            VALUE_BITS, VALUE_GROUPS, HALF, PADDED, TILE, VALUE_MINIMUM, VALUE_SIGNED,
         )  # fmt: skip
 
 
@@ -349,7 +388,8 @@ def _launch(
     keys = keys if keys.stride(3) == 1 else keys.contiguous()
     values = values if values.stride(3) == 1 else values.contiguous()
     listed = slots.dtype == torch.int64
-    _append_kernel[(ceil_div(tokens, _TILE), 2 * kv_heads, batch)](
+    tile = min(_TILE, next_power_of_two(tokens))
+    _append_kernel[(ceil_div(tokens, tile), 2 * kv_heads, batch)](
         keys,
         values,
         key_codes,
@@ -391,6 +431,6 @@ def _launch(
         OFFSET=key_offset is not None,
         VALUE_OFFSET=value_offset is not None,
         PAIRS=0 if frequencies is None else frequencies.shape[0],
-        TILE=_TILE,
+        TILE=tile,
         num_warps=_WARPS,
     )

@@ -7,6 +7,7 @@ channels that RoPE turns, ``q · RoPE_p(mu) = sum A cos(p f) + B sin(p f)``. In 
 turning ``(A, B)`` back by ``p_0 f`` leaves a product with the constant ``cos(j f)`` and ``sin(j f)``.
 """
 
+# ruff: noqa: RUF005 - kernels cannot unpack tuples.
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import ceil_div, next_power_of_two, processors, tl, triton
-from .cache import dequantized_halves, rotated_halves, turned
+from ._triton import COMPILED, ceil_div, next_power_of_two, processors, tl, triton
+from .cache import chunk_size, dequantized_chunk, turned
 from .cache_read import cache_read
 from .operation import Constraints, operation
 
@@ -24,9 +25,13 @@ __all__ = ["QUERIES", "cache_attend"]
 QUERIES = 16
 """New tokens a sequence up to which decoding from codes is offered; for more, keys are read out first."""
 
-_TILE = 64
-_WARPS = 4
-_STAGES = 3
+_COMPILED = tl.constexpr(COMPILED)
+_TILE = 32
+_STAGES = 2
+_PROGRAMS = 12
+"""Programs of one warp for each processor of the GPU, where there are keys enough."""
+_MOST_SPLITS = 128
+_COMBINED = 32
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -129,6 +134,25 @@ def cache_attend(
 
 
 @triton.jit
+def _of_signs(
+    corner, x, count, CHUNK: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr
+):
+    """``count`` rows of ``H^T x`` without its norm, float32 ``[CHUNK, ROWS]``; ``x``: half the channels."""
+    inner = tl.arange(0, PADDED)
+    row = tl.arange(0, CHUNK)
+    place = corner + row[:, None] + inner[None, :] * HEAD_DIM
+    matrix = tl.load(place, mask=(row < count)[:, None] & (inner < HALF)[None, :], other=0)
+    if not _COMPILED:
+        return tl.dot(matrix.to(tl.float32), x.to(tl.float32), input_precision="ieee")
+    if x.dtype == tl.float32:
+        upper = x.to(tl.bfloat16)
+        lower = (x - upper.to(tl.float32)).to(tl.bfloat16)
+        sign = matrix.to(tl.bfloat16)
+        return tl.dot(sign, lower, tl.dot(sign, upper))
+    return tl.dot(matrix.to(x.dtype), x)
+
+
+@triton.jit
 def _attend_kernel(
     query,
     key_codes,
@@ -183,9 +207,11 @@ def _attend_kernel(
     KEY_BITS: tl.constexpr,
     KEY_GROUPS: tl.constexpr,
     KEY_MINIMUM: tl.constexpr,
+    KEY_CHUNK: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     VALUE_GROUPS: tl.constexpr,
     VALUE_MINIMUM: tl.constexpr,
+    VALUE_CHUNK: tl.constexpr,
     ROTATED: tl.constexpr,
     OFFSET: tl.constexpr,
     VALUE_OFFSET: tl.constexpr,
@@ -201,10 +227,14 @@ def _attend_kernel(
 ):
     """One key-value head of one sequence, one part of its keys, all queries that read it.
 
-    Row ``r`` of the products is token ``r // SHARED``, head ``r % SHARED`` of those that share the key.
+    Column ``r`` of the products is token ``r // SHARED``, head ``r % SHARED`` of those that share the key:
+    keys are the rows, of which a matrix unit wants 16, where it is content with 8 columns. Channels are taken
+    in chunks of one scale each.
     ``WHOLE``: the part is all, and the result is written; else unscaled sums with their maximum and weight.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
+    KEY_CHUNKS: tl.constexpr = (HALF + KEY_CHUNK - 1) // KEY_CHUNK
+    VALUE_CHUNKS: tl.constexpr = (HALF + VALUE_CHUNK - 1) // VALUE_CHUNK
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -212,53 +242,7 @@ def _attend_kernel(
     token = row // SHARED
     head = kv_head * SHARED + row % SHARED
     present = row < TOKENS * SHARED
-    channel = tl.arange(0, PADDED)
-    inside = channel < HALF
-    used = present[:, None] & inside[None, :]
     q_rows = query + batch * query_stride_batch + token * query_stride_token + head * query_stride_head
-    q_low = tl.load(q_rows[:, None] + channel[None, :], mask=used, other=0.0)
-    q_high = tl.load(q_rows[:, None] + (channel + HALF)[None, :], mask=used, other=0.0)
-
-    constant = tl.zeros([ROWS], tl.float32)
-    if OFFSET:
-        means = key_offset + kv_head * HEAD_DIM
-        if 2 * PAIRS < HEAD_DIM:
-            low_rest = tl.load(means + channel, mask=inside & (channel >= 2 * PAIRS), other=0.0)
-            high_rest = tl.load(
-                means + channel + HALF, mask=inside & (channel + HALF >= 2 * PAIRS), other=0.0
-            )
-            constant += tl.sum(q_low.to(tl.float32) * low_rest[None, :], 1)
-            constant += tl.sum(q_high.to(tl.float32) * high_rest[None, :], 1)
-        if PAIRS > 0:
-            pair = tl.arange(0, PADDED_PAIRS)
-            paired = pair < PAIRS
-            here = present[:, None] & paired[None, :]
-            q_first = tl.load(q_rows[:, None] + pair[None, :], mask=here, other=0.0).to(tl.float32)
-            q_second = tl.load(q_rows[:, None] + (pair + PAIRS)[None, :], mask=here, other=0.0).to(tl.float32)
-            first = tl.load(means + pair, mask=paired, other=0.0) * rope_scale
-            second = tl.load(means + pair + PAIRS, mask=paired, other=0.0) * rope_scale
-            along = q_first * first[None, :] + q_second * second[None, :]
-            across = q_second * first[None, :] - q_first * second[None, :]
-            # No turn makes them larger than this, with which they fit into float16.
-            bound = tl.sqrt(tl.max(along * along + across * across, 1))
-            bound = tl.where(bound > 0, bound, 1.0)
-            along = along / bound[:, None]
-            across = across / bound[:, None]
-            frequency = tl.load(frequencies + pair, mask=paired, other=0.0) * 0.15915494309189535
-            step = frequency.to(tl.float32)[:, None] * tl.arange(0, TILE).to(tl.float32)[None, :]
-            step_cos, step_sin = turned(step)
-            step_cos16 = step_cos.to(tl.float16)
-            step_sin16 = step_sin.to(tl.float16)
-
-    if ROTATED:
-        turned_low, turned_high = rotated_halves(q_low, q_high, signs, HALF, HEAD_DIM, PADDED)
-    else:
-        turned_low = q_low.to(tl.float32)
-        turned_high = q_high.to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(turned_low), 1), tl.max(tl.abs(turned_high), 1))
-    largest = tl.where(largest > 0, largest, 1.0)
-    low16 = (turned_low / largest[:, None]).to(tl.float16)
-    high16 = (turned_high / largest[:, None]).to(tl.float16)
 
     total = tl.load(lengths + batch * length_stride) + added
     begin = 0
@@ -268,14 +252,81 @@ def _attend_kernel(
     begin = begin + split * share
     end = tl.minimum(begin + share, total)
     last = total - TOKENS + token
-    position = begin
-    if SHIFTED:
-        position += tl.load(shift + batch)
+
+    if OFFSET:
+        constant = tl.zeros([ROWS], tl.float32)
+        means = key_offset + kv_head * HEAD_DIM
+        if 2 * PAIRS < HEAD_DIM:
+            whole = tl.arange(0, 2 * PADDED)
+            beyond = (whole >= 2 * PAIRS) & (whole < HEAD_DIM)
+            of_rest = tl.load(
+                q_rows[None, :] + whole[:, None], mask=beyond[:, None] & present[None, :], other=0.0
+            )
+            rest = tl.load(means + whole, mask=beyond, other=0.0)
+            constant += tl.sum(of_rest.to(tl.float32) * rest[:, None], 0)
+        if PAIRS > 0:
+            pair = tl.arange(0, PADDED_PAIRS)
+            paired = pair < PAIRS
+            here = paired[:, None] & present[None, :]
+            q_first = tl.load(q_rows[None, :] + pair[:, None], mask=here, other=0.0).to(tl.float32)
+            q_second = tl.load(q_rows[None, :] + (pair + PAIRS)[:, None], mask=here, other=0.0).to(tl.float32)
+            first = tl.load(means + pair, mask=paired, other=0.0) * rope_scale
+            second = tl.load(means + pair + PAIRS, mask=paired, other=0.0) * rope_scale
+            along = q_first * first[:, None] + q_second * second[:, None]
+            across = q_second * first[:, None] - q_first * second[:, None]
+            # No turn makes them larger than this, with which they fit into float16.
+            bound = tl.sqrt(tl.max(along * along + across * across, 0))
+            bound = tl.where(bound > 0, bound, 1.0)
+            along = along / bound[None, :]
+            across = across / bound[None, :]
+            frequency = tl.load(frequencies + pair, mask=paired, other=0.0) * 0.15915494309189535
+            position = begin
+            if SHIFTED:
+                position += tl.load(shift + batch)
+            cos, sin = turned(position.to(tl.float64) * frequency)
+            near = along * cos[:, None] + across * sin[:, None]
+            far = across * cos[:, None] - along * sin[:, None]
+            tile_cos, tile_sin = turned(frequency * TILE)
+            step_cos, step_sin = turned(tl.arange(0, TILE).to(tl.float32)[:, None] * frequency.to(tl.float32))
+            step_cos = step_cos.to(tl.float16)
+            step_sin = step_sin.to(tl.float16)
+
+    chosen = ()
+    largest = tl.full([ROWS], 0.0, tl.float32)
+    if ROTATED:
+        channel = tl.arange(0, PADDED)
+        used = (channel < HALF)[:, None] & present[None, :]
+        q_low = tl.load(q_rows[None, :] + channel[:, None], mask=used, other=0.0)
+        q_high = tl.load(q_rows[None, :] + (channel + HALF)[:, None], mask=used, other=0.0)
+    for half in tl.static_range(2):
+        for chunk in tl.static_range(KEY_CHUNKS):
+            first_channel = half * HALF + chunk * KEY_CHUNK
+            count = HALF - chunk * KEY_CHUNK
+            if ROTATED:
+                part_of_q = _of_signs(signs + first_channel, q_low, count, KEY_CHUNK, HALF, HEAD_DIM, PADDED)
+                part_of_q += _of_signs(
+                    signs + HALF * HEAD_DIM + first_channel, q_high, count, KEY_CHUNK, HALF, HEAD_DIM, PADDED
+                )
+                part_of_q = part_of_q * HEAD_DIM**-0.5
+            else:
+                inner = tl.arange(0, KEY_CHUNK)
+                used = (inner < count)[:, None] & present[None, :]
+                part_of_q = tl.load(
+                    q_rows[None, :] + (first_channel + inner)[:, None], mask=used, other=0.0
+                ).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(part_of_q), 0))
+            chosen = chosen + (part_of_q,)
+    largest = tl.where(largest > 0, largest, 1.0)
+    turned_q = ()
+    for chunk in tl.static_range(2 * KEY_CHUNKS):
+        turned_q = turned_q + ((chosen[chunk] / largest[None, :]).to(tl.float16),)
+    factor = largest * scaling
 
     best = tl.full([ROWS], float("-inf"), tl.float32)
-    weight = tl.zeros([ROWS], tl.float32)
-    sum_low = tl.zeros([ROWS, PADDED], tl.float32)
-    sum_high = tl.zeros([ROWS, PADDED], tl.float32)
+    weights = tl.zeros([TILE, ROWS], tl.float32)
+    sums = ()
+    for _ in tl.static_range(2 * VALUE_CHUNKS):
+        sums = sums + (tl.zeros([VALUE_CHUNK, ROWS], tl.float32),)
     for start in tl.range(begin, end, TILE):
         key = start + tl.arange(0, TILE)
         valid = key < end
@@ -287,83 +338,104 @@ def _attend_kernel(
         else:
             block = batch
             place = key
-        key_rows = block * key_stride_block + kv_head * key_stride_head + place * key_stride_token
+        code_rows = block * key_stride_block + kv_head * key_stride_head + place * key_stride_token
         scale_rows = (
             block * key_scale_stride_block + kv_head * key_scale_stride_head + place * key_scale_stride_token
         )
-        k_low, k_high = dequantized_halves(
-            key_codes, key_scale, key_minimum, key_rows, scale_rows, valid,
-            KEY_BITS, KEY_GROUPS, HEAD_DIM // KEY_GROUPS, HALF, TILE, PADDED, KEY_MINIMUM,
-        )  # fmt: skip
-        logits = tl.dot(low16, k_low.trans())
-        logits = tl.dot(high16, k_high.trans(), logits) * largest[:, None]
+        logits = tl.zeros([TILE, ROWS], tl.float32)
+        for chunk in tl.static_range(KEY_CHUNKS):
+            low, high = dequantized_chunk(
+                key_codes, key_scale, key_minimum, code_rows, scale_rows, valid, chunk,
+                KEY_BITS, HEAD_DIM // KEY_GROUPS, HALF, KEY_CHUNK, KEY_MINIMUM,
+            )  # fmt: skip
+            logits = tl.dot(low, turned_q[chunk], logits)
+            logits = tl.dot(high, turned_q[KEY_CHUNKS + chunk], logits)
+        logits = logits * factor[None, :]
         if OFFSET:
             if PAIRS > 0:
-                cos, sin = turned((position + start - begin).to(tl.float64) * frequency)
-                near = along * cos[None, :] + across * sin[None, :]
-                far = across * cos[None, :] - along * sin[None, :]
-                of_offset = tl.dot(near.to(tl.float16), step_cos16)
-                of_offset = tl.dot(far.to(tl.float16), step_sin16, of_offset)
-                logits += of_offset * bound[:, None]
-            logits += constant[:, None]
-        logits = logits * scaling
+                of_offset = tl.dot(step_cos, near.to(tl.float16))
+                of_offset = tl.dot(step_sin, far.to(tl.float16), of_offset)
+                logits += of_offset * (bound * scaling)[None, :]
+                old = near
+                near = old * tile_cos[:, None] + far * tile_sin[:, None]
+                far = far * tile_cos[:, None] - old * tile_sin[:, None]
+            logits += (constant * scaling)[None, :]
         if SOFTCAP:
             # tanh by its exponential, whose argument is kept where it does not overflow.
             power = tl.exp2(tl.minimum(tl.abs(logits) / softcap, 30.0) * (2 * _LOG2E))
             size = softcap * (1.0 - 2.0 / (power + 1.0))
             logits = tl.where(logits < 0, -size, size)
-        seen = valid[None, :] & (key[None, :] <= last[:, None])
+        seen = valid
+        if MASKED and TOKENS == 1:
+            flags = tl.load(
+                mask + batch * mask_stride_batch + key, mask=valid & (key < mask_columns), other=1
+            )
+            seen = seen & (flags != 0)
+        seen = seen[:, None] & (key[:, None] <= last[None, :])
         if WINDOW:
-            seen = seen & (key[None, :] > last[:, None] - window)
-        if MASKED:
+            seen = seen & (key[:, None] > last[None, :] - window)
+        if MASKED and TOKENS > 1:
             shown = valid & (key < mask_columns)
             flags = tl.load(
-                mask + batch * mask_stride_batch + (token * mask_stride_token)[:, None] + key[None, :],
-                mask=shown[None, :] & present[:, None],
+                mask + batch * mask_stride_batch + (token * mask_stride_token)[None, :] + key[:, None],
+                mask=shown[:, None] & present[None, :],
                 other=1,
             )
             seen = seen & (flags != 0)
         logits = tl.where(seen, logits * _LOG2E, float("-inf"))
-        top = tl.maximum(best, tl.max(logits, 1))
+        top = tl.maximum(best, tl.max(logits, 0))
         safe = tl.where(top == float("-inf"), 0.0, top)
         kept = tl.exp2(best - safe)
-        part = tl.exp2(logits - safe[:, None])
-        weight = weight * kept + tl.sum(part, 1)
+        part = tl.exp2(logits - safe[None, :])
+        weights = weights * kept[None, :] + part
         best = top
-        value_rows = block * value_stride_block + kv_head * value_stride_head + place * value_stride_token
-        value_scale_rows = (
+        part16 = part.to(tl.float16)
+        code_rows = block * value_stride_block + kv_head * value_stride_head + place * value_stride_token
+        scale_rows = (
             block * value_scale_stride_block
             + kv_head * value_scale_stride_head
             + place * value_scale_stride_token
         )
-        v_low, v_high = dequantized_halves(
-            value_codes, value_scale, value_minimum, value_rows, value_scale_rows, valid,
-            VALUE_BITS, VALUE_GROUPS, HEAD_DIM // VALUE_GROUPS, HALF, TILE, PADDED, VALUE_MINIMUM,
-        )  # fmt: skip
-        sum_low = tl.dot(part.to(tl.float16), v_low, sum_low * kept[:, None])
-        sum_high = tl.dot(part.to(tl.float16), v_high, sum_high * kept[:, None])
+        low_sums = ()
+        high_sums = ()
+        for chunk in tl.static_range(VALUE_CHUNKS):
+            low, high = dequantized_chunk(
+                value_codes, value_scale, value_minimum, code_rows, scale_rows, valid, chunk,
+                VALUE_BITS, HEAD_DIM // VALUE_GROUPS, HALF, VALUE_CHUNK, VALUE_MINIMUM,
+            )  # fmt: skip
+            low_sums = low_sums + (tl.dot(low.trans(), part16, sums[chunk] * kept[None, :]),)
+            high_sums = high_sums + (
+                tl.dot(high.trans(), part16, sums[VALUE_CHUNKS + chunk] * kept[None, :]),
+            )
+        sums = low_sums + high_sums
 
+    weight = tl.sum(weights, 0)
+    share_of = tl.where(weight > 0, 1.0 / weight, tl.where(weight == 0, 0.0, weight))
+    some = tl.where(weight == 0, 0.0, 1.0)
+    place = (batch * TOKENS + token) * HEADS + head
     if WHOLE:
-        share_of = tl.where(weight > 0, 1.0 / weight, tl.where(weight == 0, 0.0, weight))
-        sum_low = sum_low * share_of[:, None]
-        sum_high = sum_high * share_of[:, None]
-        if VALUE_OFFSET:
-            mean = value_offset + kv_head * HEAD_DIM
-            some = tl.where(weight == 0, 0.0, 1.0)
-            low_mean = tl.load(mean + channel, mask=inside, other=0.0)
-            high_mean = tl.load(mean + channel + HALF, mask=inside, other=0.0)
-            sum_low += low_mean[None, :] * some[:, None]
-            sum_high += high_mean[None, :] * some[:, None]
-        out = output + ((batch * TOKENS + token) * HEADS + head) * HEAD_DIM
-        tl.store(out[:, None] + channel[None, :], sum_low.to(output.dtype.element_ty), mask=used)
-        tl.store(out[:, None] + (channel + HALF)[None, :], sum_high.to(output.dtype.element_ty), mask=used)
+        out = output + place * HEAD_DIM
     else:
-        place = ((batch * TOKENS + token) * HEADS + head) * splits + split
+        place = place * splits + split
         tl.store(statistics + place * 2, best, mask=present)
         tl.store(statistics + place * 2 + 1, weight, mask=present)
         out = output + place * HEAD_DIM
-        tl.store(out[:, None] + channel[None, :], sum_low, mask=used)
-        tl.store(out[:, None] + (channel + HALF)[None, :], sum_high, mask=used)
+    inner = tl.arange(0, VALUE_CHUNK)
+    for half in tl.static_range(2):
+        for chunk in tl.static_range(VALUE_CHUNKS):
+            first_channel = half * HALF + chunk * VALUE_CHUNK
+            inside = chunk * VALUE_CHUNK + inner < HALF
+            result = sums[half * VALUE_CHUNKS + chunk]
+            if WHOLE:
+                result = result * share_of[None, :]
+                if VALUE_OFFSET:
+                    mean = value_offset + kv_head * HEAD_DIM + first_channel
+                    result += tl.load(mean + inner, mask=inside, other=0.0)[:, None] * some[None, :]
+            tl.store(
+                out[None, :] + (first_channel + inner)[:, None],
+                result.to(output.dtype.element_ty),
+                mask=inside[:, None] & present[None, :],
+            )
 
 
 @triton.jit
@@ -376,15 +448,15 @@ def _combine_kernel(
     HEADS: tl.constexpr,
     SHARED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     VALUE_OFFSET: tl.constexpr,
 ):
-    """One head of one token from its parts."""
+    """Some channels of one head of one token from its parts."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     real = split < splits
-    channel = tl.arange(0, PADDED)
+    channel = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     inside = channel < HEAD_DIM
     best = tl.load(statistics + (row * splits + split) * 2, mask=real, other=float("-inf"))
     weight = tl.load(statistics + (row * splits + split) * 2 + 1, mask=real, other=0.0)
@@ -450,15 +522,19 @@ def _launch(
     longest = block_size if block_table is None else block_size * block_table.shape[1]
     visible = min(longest, window + tokens + _TILE) if window else longest
     programs = batch * kv_heads
-    splits = min(ceil_div(4 * processors(query.device), programs), ceil_div(visible, 2 * _TILE), 64)
+    tiles = ceil_div(visible, _TILE)
+    splits = min(ceil_div(_PROGRAMS * processors(query.device), programs), ceil_div(tiles, 2), _MOST_SPLITS)
+    # One warp a program is the most a GPU gets done; where it is not filled, two are done sooner.
+    warps = 1 if programs * tiles >= 4 * processors(query.device) else 2
     padded = max(next_power_of_two(head_dim // 2), 16)
     pairs = 0 if frequencies is None or key_offset is None else frequencies.shape[0]
+    rows = max(next_power_of_two(tokens * (heads // kv_heads)), 8)
     whole = splits == 1
     sums, statistics = output, output
     if not whole:
-        rows = batch * tokens * heads * splits
-        sums = torch.empty((rows, head_dim), dtype=torch.float32, device=query.device)
-        statistics = torch.empty((rows, 2), dtype=torch.float32, device=query.device)
+        parts = batch * tokens * heads * splits
+        sums = torch.empty((parts, head_dim), dtype=torch.float32, device=query.device)
+        statistics = torch.empty((parts, 2), dtype=torch.float32, device=query.device)
     _attend_kernel[(splits, kv_heads, batch)](
         query,
         key_codes,
@@ -499,13 +575,15 @@ def _launch(
         SHARED=heads // kv_heads,
         HEAD_DIM=head_dim,
         PADDED=padded,
-        ROWS=max(next_power_of_two(tokens * (heads // kv_heads)), 16),
+        ROWS=rows,
         KEY_BITS=key_codes.shape[-1] * 8 // head_dim,
         KEY_GROUPS=key_scale.shape[-1],
         KEY_MINIMUM=key_minimum is not None,
+        KEY_CHUNK=chunk_size(head_dim, head_dim // key_scale.shape[-1]),
         VALUE_BITS=value_codes.shape[-1] * 8 // head_dim,
         VALUE_GROUPS=value_scale.shape[-1],
         VALUE_MINIMUM=value_minimum is not None,
+        VALUE_CHUNK=chunk_size(head_dim, head_dim // value_scale.shape[-1]),
         ROTATED=signs is not None,
         OFFSET=key_offset is not None,
         VALUE_OFFSET=value_offset is not None,
@@ -518,11 +596,11 @@ def _launch(
         SOFTCAP=softcap > 0,
         WHOLE=whole,
         TILE=_TILE,
-        num_warps=_WARPS,
+        num_warps=max(warps, rows // 16),
         num_stages=_STAGES,
     )
     if not whole:
-        _combine_kernel[(batch * tokens * heads,)](
+        _combine_kernel[(batch * tokens * heads, ceil_div(head_dim, _COMBINED))](
             sums,
             statistics,
             value_offset,
@@ -531,9 +609,9 @@ def _launch(
             HEADS=heads,
             SHARED=heads // kv_heads,
             HEAD_DIM=head_dim,
-            PADDED=next_power_of_two(head_dim),
+            CHUNK=_COMBINED,
             SPLITS=next_power_of_two(splits),
             VALUE_OFFSET=value_offset is not None,
-            num_warps=2,
+            num_warps=4,
         )
     return output
