@@ -1,11 +1,12 @@
 """Run a model for long: many generate() calls of all kinds in one process, then several threads at once.
 
-    python examples/soak.py CHECKPOINT [--calls 2000] [--threads 8] [--device auto]
+    python examples/soak.py CHECKPOINT [--calls 2000] [--minutes 60] [--threads 8] [--device auto]
 
 Calls have random batches, lengths and paddings; some are cancelled half way, as a server does when a client
-goes. Prints the process's memory as it goes. At the end a sample of the calls is made again in a fresh
-process, and the threads' texts are compared with those of one thread. Exits with 1 where memory grew or a
-text differs.
+goes. Prints the memory in use as it goes. At the end a sample of the calls is made again in a fresh process,
+and the threads' texts are compared with those of one thread. The last line is the verdict; exits with 1 where
+memory grew or a text differs. With a 4-bit cache on a GPU, decode steps are replayed as CUDA graphs; how many
+graphs are kept for the next call is printed too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,14 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import rrsq
+from rrsq.runtime.decoding import Decoder
 
 GROWTH = 64 * 2**20
 """Bytes by which memory may grow between the first quarter of the calls and the last."""
 SAMPLE = 25
+"""Calls that are made again in a fresh process."""
+LINES = 40
+"""Lines of progress, at most."""
 
 
 class CancelledError(Exception):
@@ -73,15 +79,23 @@ def call(model: Any, seed: int) -> list[list[int]] | None:
     return out[:, length:].tolist()
 
 
-def memory(device: torch.device) -> int:
-    """Bytes of the process, or of the GPU's tensors."""
+def memory(device: torch.device) -> dict[str, int]:
+    """Bytes of the process and, with a GPU, of its tensors."""
+    used = {"the process": psutil.Process().memory_info().rss}
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return psutil.Process().memory_info().rss
+        used["the GPU's tensors"] = torch.cuda.memory_allocated(device)
+    return used
+
+
+def graphs(model: Any) -> int:
+    """CUDA graphs of decode steps that are kept for the next caches."""
+    if not isinstance(model.forward, Decoder):
+        return 0
+    return sum(len(storage.graphs) for storage in model.forward._pool._free)
 
 
 def in_a_fresh_process(arguments: argparse.Namespace, seeds: list[int]) -> list[Any]:
-    """The results of some calls, each the first but for those before it in the list."""
+    """The results of some calls in another process, each the first but for those before it in the list."""
     command = [sys.executable, __file__, arguments.checkpoint, "--device", arguments.device, "--seeds"]
     done = subprocess.run([*command, *map(str, seeds)], stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -89,24 +103,32 @@ def in_a_fresh_process(arguments: argparse.Namespace, seeds: list[int]) -> list[
 
 def soak(model: Any, arguments: argparse.Namespace) -> list[str]:
     """What is wrong after many calls."""
-    wrong = []
-    used, sample = [], {}
-    chosen = set(random.Random(0).sample(range(arguments.calls), min(SAMPLE, arguments.calls)))
+    wrong, used, results = [], [], {}
+    began = time.monotonic()
     for seed in range(arguments.calls):
-        result = call(model, seed)
-        if seed in chosen:
-            sample[seed] = result
+        results[seed] = call(model, seed)
         used.append(memory(model.device))
-        if (seed + 1) % max(arguments.calls // 20, 1) == 0:
-            print(f"{seed + 1} calls, {used[-1] / 2**20:.0f} MiB", flush=True)
+        seconds = time.monotonic() - began
+        over = seconds > 60 * arguments.minutes
+        if over or (seed + 1) % max(arguments.calls // LINES, 1) == 0:
+            sizes = ", ".join(f"{size / 2**20:.0f} MiB of {what}" for what, size in used[-1].items())
+            print(f"{seed + 1} calls in {seconds:.0f} s, {sizes}, {graphs(model)} graphs", flush=True)
+        if over:
+            break
+    cancelled = sum(result is None for result in results.values())
+    print(f"{len(results)} calls, {cancelled} of them cancelled")
     quarter = max(len(used) // 4, 1)
-    growth = max(used[-quarter:]) - max(used[:quarter])
-    print(f"memory grew by {growth / 2**20:.1f} MiB from the first quarter of the calls to the last")
-    if growth > GROWTH:
-        wrong.append(f"memory grew by {growth / 2**20:.0f} MiB")
-    fresh = in_a_fresh_process(arguments, list(sample))
-    differ = [seed for seed, expected in zip(sample, fresh, strict=True) if sample[seed] != expected]
-    print(f"{len(sample) - len(differ)} of {len(sample)} calls gave the text of a fresh process")
+    for what in used[0]:
+        sizes = [each[what] for each in used]
+        growth = (max(sizes[-quarter:]) - max(sizes[:quarter])) / 2**20
+        print(f"memory of {what} grew by {growth:.1f} MiB from the first quarter of the calls to the last")
+        if growth * 2**20 > GROWTH:
+            wrong.append(f"memory of {what} grew by {growth:.0f} MiB")
+    whole = [seed for seed, result in results.items() if result is not None]
+    sample = random.Random(0).sample(whole, min(SAMPLE, len(whole)))
+    fresh = in_a_fresh_process(arguments, sample)
+    differ = [seed for seed, expected in zip(sample, fresh, strict=True) if results[seed] != expected]
+    print(f"{len(sample) - len(differ)} of {len(sample)} calls gave the text of a fresh process", flush=True)
     if differ:
         wrong.append(f"calls {differ} gave other texts than a fresh process")
     return wrong
@@ -119,7 +141,8 @@ def threads(model: Any, count: int) -> list[str]:
     with ThreadPoolExecutor(count) as pool:
         together = list(pool.map(lambda seed: call(model, seed), seeds))
     differ = [seed for seed, a, b in zip(seeds, alone, together, strict=True) if a != b]
-    print(f"{len(seeds) - len(differ)} of {len(seeds)} calls of {count} threads gave the text of one thread")
+    right = len(seeds) - len(differ)
+    print(f"{right} of {len(seeds)} calls of {count} threads gave the text of one thread", flush=True)
     return [f"calls {differ} gave other texts in {count} threads"] if differ else []
 
 
@@ -129,6 +152,7 @@ def main() -> None:
     )
     parser.add_argument("checkpoint")
     parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--minutes", type=float, default=1e9, help="of calls in one thread, at most")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seeds", type=int, nargs="*", help=argparse.SUPPRESS)
@@ -140,8 +164,7 @@ def main() -> None:
         print(json.dumps([call(model, seed) for seed in arguments.seeds]))
         return
     wrong = soak(model, arguments) + threads(model, arguments.threads)
-    for text in wrong:
-        print(f"WRONG: {text}", file=sys.stderr)
+    print(f"WRONG: {'; '.join(wrong)}" if wrong else "RIGHT: memory is flat, and every text is the same")
     sys.exit(1 if wrong else 0)
 
 

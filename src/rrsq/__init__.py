@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ._register import register
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
     from transformers import PreTrainedModel
 
     from .api import evaluate, quantize
@@ -24,18 +27,20 @@ __version__ = "0.1.0"
 register()
 
 
-def load(path: str, *, device: str = "auto", dtype: str = "auto", **kwargs: Any) -> PreTrainedModel:
+def load(
+    path: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto", **kwargs: Any
+) -> PreTrainedModel:
     """Load a checkpoint (or any causal language model) ready to run.
 
     Args:
         path: checkpoint folder or Hub id.
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``; not with ``device_map``.
-        dtype: dtype of what is not quantized: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
+        dtype: of what is not quantized: ``auto``, ``bfloat16``, ``float16`` or ``float32``, or torch's.
         kwargs: passed on to ``from_pretrained``. With ``device_map`` the model is spread over devices, and
             what does not fit is offloaded, packed weights included (``offload_buffers=True``).
 
     Raises:
-        UsageError: both ``device`` and ``device_map`` are given.
+        UsageError: an argument is not what it must be, or ``device`` and ``device_map`` are both given.
         RRSQError: the folder does not exist, is damaged or of an unknown format.
     """
     from .runtime.format.loading import load_model

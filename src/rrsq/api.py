@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from .arguments import DTYPES, check_choice, check_integer, check_path, texts
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
 
 __all__ = ["choose_recipe", "evaluate", "quantize"]
 
+_BOS = ("auto", "always", "never")
+
 
 def quantize(
     model: str | Path,
     output: str | Path,
     *,
     recipe: str | Path | Recipe = "rrs-w4a4kv4",
-    overrides: Iterable[str] = (),
-    ignore: Iterable[str] = (),
+    overrides: str | Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
     calibration_data: str | Path = "wikitext2",
     num_samples: int = 128,
     sequence_length: int = 2048,
@@ -54,9 +57,9 @@ def quantize(
         model: Hub id, Hugging Face folder or ``.gguf`` file, in 16 or 32 bits.
         output: folder to write.
         recipe: a name of :func:`rrsq.recipe.recipe_names`, the path of a YAML file, or a recipe.
-        overrides: assignments such as ``weights.group_size=64``, as ``--set`` takes them.
-        ignore: patterns of linears to keep in 16 bits, such as ``*.o_proj`` or ``model.layers.0.*``, besides
-            the recipe's ``modules_to_not_convert``.
+        overrides: assignments such as ``weights.group_size=64``, as ``--set`` takes them; one, or several.
+        ignore: patterns of linears to keep in 16 bits, such as ``*.o_proj`` or ``model.layers.0.*``, one or
+            several, besides the recipe's ``modules_to_not_convert``.
         calibration_data: ``wikitext2``, a Hub data set (``org/name`` or ``org/name:config``), or a ``.txt``,
             ``.jsonl`` or ``.parquet`` file.
         num_samples: windows of calibration text.
@@ -100,10 +103,17 @@ def quantize(
     from .storage import check_output
     from .work_folder import was_published
 
+    check_path("model", model)
+    check_path("output", output)
+    check_path("calibration_data", calibration_data)
+    for name, path in (("data_root", data_root), ("calibration", calibration), ("offload_dir", offload_dir)):
+        if path is not None:
+            check_path(name, path)
     model, root = str(model), _path(data_root)
-    _at_least("num_samples", num_samples, 1)
-    _at_least("sequence_length", sequence_length, 8)
-    _at_least("seed", seed, 0)
+    check_integer("num_samples", num_samples, 1)
+    check_integer("sequence_length", sequence_length, 8)
+    check_integer("seed", seed, 0)
+    check_choice("bos", bos, _BOS)
     parse_size(max_shard_size)  # Wrong, it is refused before a text is fetched.
     chosen = choose_recipe(recipe, overrides, ignore)
     to = OutputOptions(Path(output), overwrite, max_shard_size, restart, _path(offload_dir))
@@ -187,18 +197,30 @@ def evaluate(
     from .evaluation.tasks import TaskOptions, parse_tasks
     from .vllm.engine import parse_engine_options
 
-    _at_least("sequence_length", sequence_length, 2)
+    if data_root is not None:
+        check_path("data_root", data_root)
+    check_integer("sequence_length", sequence_length, 2)
+    check_integer("tensor_parallel_size", tensor_parallel_size, 1)
     for name, number, least in (
         ("limit", limit, 1),
         ("num_fewshot", num_fewshot, 0),
         ("batch_size", batch_size, 1),
     ):
         if number is not None:
-            _at_least(name, number, least)
-    names = [str(models)] if isinstance(models, str | Path) else [str(model) for model in models]
-    if not names:
+            check_integer(name, number, least)
+    check_choice("bos", bos, _BOS)
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("engine", engine, ("transformers", "vllm"))
+    llm_options = parse_engine_options(engine_options)
+    several = (
+        list(models) if isinstance(models, Sequence) and not isinstance(models, str | bytes) else [models]
+    )
+    if not several:
         raise UsageError("No model was named.")
-    parsed = parse_tasks(tasks if isinstance(tasks, str) else ",".join(tasks))
+    for model in several:
+        check_path("models", model)
+    names = [str(model) for model in several]
+    parsed = parse_tasks(",".join(texts("tasks", tasks)))
     options = TaskOptions(
         sequence_length=sequence_length,
         bos=bos,
@@ -210,7 +232,7 @@ def evaluate(
     where = find_device(device)
     settings = None
     if engine == "vllm":
-        settings = EngineSettings(tensor_parallel_size, dtype, parse_engine_options(engine_options))
+        settings = EngineSettings(tensor_parallel_size, dtype, llm_options)
         warning = check_served(names, parsed, options.data_root, settings)
         if warning is not None:
             on_warning(warning)
@@ -224,22 +246,22 @@ def evaluate(
     )
 
 
-def choose_recipe(recipe: str | Path | Recipe, overrides: Iterable[str], ignore: Iterable[str]) -> Recipe:
+def choose_recipe(
+    recipe: str | Path | Recipe, overrides: str | Iterable[str], ignore: str | Iterable[str]
+) -> Recipe:
     """The recipe that is meant, with the overrides and the exceptions; see :func:`quantize`."""
     from .recipe import Recipe, load_recipe, override_recipe
 
+    overrides, ignore = texts("overrides", overrides), texts("ignore", ignore)
     if isinstance(recipe, Recipe):
         chosen = override_recipe(recipe, overrides)
-    else:
+    elif isinstance(recipe, str | Path):
         chosen = load_recipe(str(recipe), overrides)
+    else:
+        raise UsageError(f"recipe is {recipe!r:.100}, and must be a name, a path or a recipe.")
     patterns = dict.fromkeys((*chosen.modules_to_not_convert, *ignore))
     return chosen.model_copy(update={"modules_to_not_convert": tuple(patterns)})
 
 
 def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)
-
-
-def _at_least(name: str, number: int, least: int) -> None:
-    if number < least:
-        raise UsageError(f"{name} is {number}, and must be at least {least}.")

@@ -18,6 +18,8 @@ def find_device(device: str) -> str:
     """
     import torch
 
+    if not isinstance(device, str):
+        raise UsageError(f"device is {device!r:.100}, and must be auto, cpu, cuda or cuda:N.")
     available = torch.cuda.is_available()
     kind, _, number = device.partition(":")
     if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):

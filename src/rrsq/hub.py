@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .arguments import check_path
 from .errors import HubError, UsageError
 from .runtime.format.loading import first_line, read_info
 
@@ -77,6 +78,7 @@ def push(folder: Path, repository: str, *, private: bool = False, overwrite: boo
     """
     from huggingface_hub import HfApi
 
+    check_path("the checkpoint", folder)
     read_info(folder)
     there = check_push(repository, overwrite=overwrite)
     with _explained(repository):

@@ -322,9 +322,13 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
     path = named.get(name_or_path)
     if path is None:
         path = Path(name_or_path)
-        if not path.is_file():
+        try:
+            found = path.is_file()
+        except (OSError, ValueError):  # A name that no file can have.
+            found = False
+        if not found:
             raise RecipeError(
-                f"No recipe '{name_or_path}'.{did_you_mean(name_or_path, named)}"
+                f"No recipe '{name_or_path:.100}'.{did_you_mean(name_or_path, named)}"
                 f" Known recipes: {', '.join(sorted(named))}; or give the path of a YAML file."
             )
     try:

@@ -294,7 +294,7 @@ def _read(work: Path) -> Manifest | None:
         if data.pop("format") != _FORMAT:
             raise ValueError
         return Manifest(**data)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(

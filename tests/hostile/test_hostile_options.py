@@ -1,4 +1,5 @@
-"""Options of ``bench --whole``, ``serve``, ``eval`` and ``generate`` with an engine: one clear error each.
+"""Options of the commands that measure, run, make and send models, with and without an engine: one clear
+error each.
 
 vLLM and GPUs seem to be there, so that a wrong option is not hidden by their absence; nothing may be started.
 """
@@ -27,12 +28,19 @@ SECONDS = 30.0
 NUMBERS = ["0", "-1", "1.5", "", "1e9", "9" * 30, "\x1b[2J"]
 WHOLE = ("bench", "--whole")
 # A command, and what of the following stands behind it: OUT is a checkpoint, FULL a model that is none.
+MAKE = ("quantize", "calibrate", "compare")
 COMMANDS = {
     "bench": ("bench", "--whole", "--model", "OUT", "--engine", "vllm"),
     "bench-transformers": ("bench", "--whole", "--model", "OUT", "--device", "cpu"),
     "eval": ("eval", "OUT", "--engine", "vllm", "--tasks", "text:TEXT"),
     "generate": ("generate", "OUT", "the", "--engine", "vllm"),
     "serve": ("serve", "OUT"),
+    "eval-transformers": ("eval", "OUT", "--tasks", "text:TEXT"),
+    "generate-transformers": ("generate", "OUT", "the"),
+    "quantize": ("quantize", "FULL", "-o", "made", "--calibration-data", "TEXT"),
+    "calibrate": ("calibrate", "FULL", "-o", "made", "--calibration-data", "TEXT"),
+    "compare": ("compare", "FULL", "--recipes", "rtn-w4a4", "--tasks", "text:TEXT", "-o", "made"),
+    "push": ("push", "OUT"),
 }
 OPTIONS = {
     "bench": ("--batch", "--context", "--loads", "--new-tokens", "--repeats", "-t"),
@@ -40,6 +48,11 @@ OPTIONS = {
     "eval": ("-t", "--sequence-length"),
     "generate": ("-t", "--max-new-tokens"),
     "serve": ("-t",),
+    "eval-transformers": ("--limit", "--sequence-length", "--batch-size"),
+    "generate-transformers": ("--max-new-tokens",),
+    "quantize": ("--num-samples", "--sequence-length"),
+    "calibrate": ("--num-samples", "--sequence-length"),
+    "compare": ("--limit", "--sequence-length", "--num-samples", "--calibration-length"),
 }
 
 
@@ -118,6 +131,19 @@ def wrong_combinations() -> Iterator[tuple[str, ...]]:
         ("bench", "--shape", "64x64", "--recipe", "gptq-w4a16"),
         ("eval", "OUT", "--engine", "sglang"),
         (*COMMANDS["generate"], "--chat"),
+        (*COMMANDS["generate-transformers"], "--temperature", "-1"),
+        (*COMMANDS["generate-transformers"], "--temperature", "nan"),
+        (*COMMANDS["generate-transformers"], "--temperature", "inf"),
+        *((*COMMANDS[name], "--seed", seed) for name in MAKE for seed in ("-1", "x", "9" * 30)),
+        (*COMMANDS["generate-transformers"], "--seed", "9" * 30),
+        *((*COMMANDS["quantize"], "--max-shard-size", size) for size in ("0", "-1", "", "5 apples", "1e9")),
+        (*COMMANDS["quantize"], "--private"),
+        (*COMMANDS["quantize"], "--offload-dir", "TEXT/x"),
+        (*COMMANDS["quantize"], "--calibration", "EMPTY"),
+        (*COMMANDS["quantize"], "--bos", "sometimes"),
+        (*COMMANDS["compare"], "--recipes", ","),
+        (*COMMANDS["compare"], "--recipes", "none-such"),
+        (*COMMANDS["push"], "org/name"),
     )
 
 
@@ -141,6 +167,28 @@ def wrong_places() -> Iterator[tuple[str, ...]]:
         if path not in ("FULL", "GPTQ"):  # Those vLLM serves itself.
             yield ("eval", path, "--engine", "vllm", "--tasks", "text:TEXT")
             yield ("generate", path, "the", "--engine", "vllm")
+            yield ("push", path, "org/name")
+            yield ("inspect", path)
+        if path not in ("FULL", "GPTQ", "EMPTY", "TEXT"):
+            yield ("quantize", path, "-o", "made")
+            yield ("compare", path, "-o", "made")
+            yield ("generate", path, "the")
+            yield ("eval", path, "--tasks", "text:TEXT")
+            yield ("doctor", path)
+    for name in (
+        "",
+        " ",
+        "name",
+        "a/b/c",
+        "../x",
+        "org/",
+        "/name",
+        "org/na me",
+        "org/\x00",
+        "o" * 5000 + "/name",
+    ):
+        yield (*COMMANDS["push"], name)
+        yield (*COMMANDS["quantize"], "--push-to-hub", name)
     for path in ("nowhere/x.json", "EMPTY", "TEXT/x.json"):
         yield (*COMMANDS["bench"], "--json", path)
         yield (*COMMANDS["eval"], "--json", path)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rrsq.arguments import MOST
 from rrsq.cli.console import examples, print_note, progress_bar, quiet_libraries
 from rrsq.cli.eval import print_report
 from rrsq.cli.evaluation_bars import EvaluationBars
@@ -75,6 +76,7 @@ def compare(
         int | None,
         typer.Option(
             min=1,
+            max=MOST,
             help="Only the first so many windows of a text, and questions of each task.",
             rich_help_panel=DATA,
         ),
@@ -84,7 +86,8 @@ def compare(
         typer.Option(min=0, help="Solved examples before each question.", rich_help_panel=DATA),
     ] = None,
     sequence_length: Annotated[
-        int, typer.Option(min=2, help="Tokens in a window of a measured text.", rich_help_panel=DATA)
+        int,
+        typer.Option(min=2, max=MOST, help="Tokens in a window of a measured text.", rich_help_panel=DATA),
     ] = 2048,
     bos: Bos = BosName.AUTO,
     data_root: DataRoot = None,
@@ -98,14 +101,17 @@ def compare(
         ),
     ] = "wikitext2",
     num_samples: Annotated[
-        int, typer.Option(min=1, help="Windows of calibration text.", rich_help_panel=CALIBRATION)
+        int, typer.Option(min=1, max=MOST, help="Windows of calibration text.", rich_help_panel=CALIBRATION)
     ] = 128,
     calibration_length: Annotated[
-        int, typer.Option(min=8, help="Tokens in a calibration window.", rich_help_panel=CALIBRATION)
+        int,
+        typer.Option(min=8, max=MOST, help="Tokens in a calibration window.", rich_help_panel=CALIBRATION),
     ] = 2048,
     seed: Annotated[
         int,
-        typer.Option(min=0, help="Of the random signs and the windows' places.", rich_help_panel=CALIBRATION),
+        typer.Option(
+            min=0, max=MOST, help="Of the random signs and the windows' places.", rich_help_panel=CALIBRATION
+        ),
     ] = 0,
     caches: Annotated[
         str,

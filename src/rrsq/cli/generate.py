@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rrsq.arguments import MOST
 from rrsq.cli.console import examples, print_warning, quiet_libraries
 from rrsq.cli.options import (
     DataRoot,
@@ -41,17 +42,20 @@ def generate(
         bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")
     ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to generate at most.", rich_help_panel=SAMPLING)
+        int, typer.Option(min=1, max=2**24, help="Tokens to generate at most.", rich_help_panel=SAMPLING)
     ] = 64,
     temperature: Annotated[
         float,
         typer.Option(
             min=0.0,
+            max=100.0,
             help="0 takes the likeliest token each time; higher is more varied.",
             rich_help_panel=SAMPLING,
         ),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.", rich_help_panel=SAMPLING)] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST, help="Of the sampling.", rich_help_panel=SAMPLING)
+    ] = 0,
     data_root: DataRoot = None,
     engine: Engine = EngineName.TRANSFORMERS,
     tensor_parallel_size: TensorParallelSize = 1,

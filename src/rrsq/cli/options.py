@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from rrsq.arguments import MOST
 from rrsq.cli.completion import complete_model
 from rrsq.errors import UsageError
 
@@ -154,9 +155,13 @@ CalibrationData = Annotated[
     ),
 ]
 
-NumSamples = Annotated[int, typer.Option(min=1, help="Windows of calibration text.", rich_help_panel=DATA)]
+NumSamples = Annotated[
+    int, typer.Option(min=1, max=MOST, help="Windows of calibration text.", rich_help_panel=DATA)
+]
 
-SequenceLength = Annotated[int, typer.Option(min=8, help="Tokens in a window.", rich_help_panel=DATA)]
+SequenceLength = Annotated[
+    int, typer.Option(min=8, max=MOST, help="Tokens in a window.", rich_help_panel=DATA)
+]
 
 Bos = Annotated[
     BosName,
@@ -168,7 +173,8 @@ Bos = Annotated[
 ]
 
 Seed = Annotated[
-    int, typer.Option(min=0, help="Of the random signs and the windows' places.", rich_help_panel=DATA)
+    int,
+    typer.Option(min=0, max=MOST, help="Of the random signs and the windows' places.", rich_help_panel=DATA),
 ]
 
 Restart = Annotated[

@@ -58,8 +58,8 @@ def parse_engine_options(text: str) -> dict[str, Any]:
     """Read ``--engine-options``: a JSON object. Raises :class:`UsageError` for anything else."""
     try:
         options = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"--engine-options {text:.200}: no valid JSON ({error!s:.100}).") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"--engine-options {text!s:.200}: no valid JSON ({error!s:.100}).") from error
     if not isinstance(options, dict):
         raise UsageError(
             f"--engine-options {text:.200}: expected an object, for example"

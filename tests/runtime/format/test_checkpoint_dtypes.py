@@ -67,10 +67,3 @@ def test_casting_a_loaded_model_keeps_them_too(qwen2_checkpoint: Path, dtype: to
         if name.endswith("weight_scale") or "kv_quantizer" in name:
             assert torch.equal(tensor, stored[name]), name
     assert bool(torch.isfinite(logits_of(model, random_tokens(1, 12))).all())
-
-
-def test_loading_on_a_device_map(qwen2_checkpoint: Path) -> None:
-    tokens = random_tokens(1, 12)
-    expected = logits_of(rrsq.load(str(qwen2_checkpoint), device="cpu"), tokens)
-    model = AutoModelForCausalLM.from_pretrained(qwen2_checkpoint, device_map={"": "cpu"})
-    assert torch.equal(logits_of(model, tokens), expected)

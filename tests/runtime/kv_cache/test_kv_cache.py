@@ -199,11 +199,16 @@ class TestOperations:
             assert torch.equal(new, old)
 
     def test_offload_and_prefetch(self, offsets: bool) -> None:
+        """The meta device stands for a GPU: tensors get there, and an attempt to copy from there fails."""
         layer = filled(make_quantizer(offsets=offsets))
         before = decoded(layer)
+        layer.device = torch.device("meta")
         layer.offload()
-        layer.prefetch()
         assert all(torch.equal(new, old) for new, old in zip(decoded(layer), before, strict=True))
+        layer.prefetch()
+        assert all(tensor.is_meta for tensor in (*layer.stored.values(), layer.keys, layer.values))
+        with pytest.raises(NotImplementedError, match="copy out of meta"):
+            layer.offload()
 
     def test_growing_after_each(self, offsets: bool) -> None:
         layer = filled(make_quantizer(offsets=offsets))

@@ -41,7 +41,8 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: it is no size above zero.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    size_and_unit = r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*"
+    match = re.fullmatch(size_and_unit, text) if isinstance(text, str) else None
     size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
     if size <= 0:
         raise UsageError(

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...arguments import DTYPES, check_choice, check_path
+from ...devices import find_device
 from ...errors import CheckpointError, DataError, ModelLoadError, RRSQError, StorageError, UsageError
 from .json_files import read_config, read_json_object
 from .shards import read_shards
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -116,10 +119,10 @@ def load_config(path: str, data_root: Path | str | None = None) -> Any:
 
 
 def load_model(
-    path: str,
+    path: str | Path,
     *,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     data_root: Path | str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -128,28 +131,32 @@ def load_model(
     Args:
         path: checkpoint, Hugging Face folder, Hub id or ``.gguf`` file.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; not together with ``device_map``.
-        dtype: of what is not quantized; ``auto`` takes the configuration's.
+        dtype: of what is not quantized: ``auto`` (the configuration's), ``bfloat16``, ``float16`` or
+            ``float32``, or torch's dtype of such a name.
         data_root: see :func:`locate_model`.
         kwargs: passed on to ``from_pretrained``, ``device_map`` with ``offload_buffers=True``. Only here can
             code of the model be asked for (``trust_remote_code=True``), or pickled weights
             (``use_safetensors=False``).
 
     Raises:
-        UsageError: both ``device`` and ``device_map`` are given.
+        UsageError: an argument is not what it must be, or ``device`` and ``device_map`` are both given.
         ModelLoadError: the model cannot be found, reached or read.
         CheckpointError: a quantized checkpoint is damaged or of an unknown format.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
+    check_path("path", path)
+    path = str(path)
+    if data_root is not None:
+        check_path("data_root", data_root)
+    check_choice("dtype", str(dtype).removeprefix("torch."), DTYPES)
     name, options = locate_model(path, data_root)
     if "gguf_file" in options and dtype == "auto":
         dtype = "bfloat16"
     mapped = kwargs.get("device_map") is not None
     if mapped and device != "auto":
         raise UsageError(f"device='{device}' and device_map both say where the model goes. Give one of them.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(device)
     if mapped:
         # Packed weights are buffers, and shall leave the device as parameters do.
         kwargs.setdefault("offload_buffers", True)

@@ -1,0 +1,57 @@
+"""Arguments of the Python functions, checked as the command line's parser checks its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+
+__all__ = ["DTYPES", "MOST", "check_choice", "check_integer", "check_path", "texts"]
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+"""What the numbers of a model that are not quantized may be."""
+MOST = 2**63 - 1
+"""The largest integer of torch."""
+_LONGEST = 255  # Of a file's or folder's name, on all systems in use.
+
+
+def check_integer(name: str, value: Any, least: int, most: int = MOST) -> None:
+    """Raises :class:`UsageError` for what is no integer between the two."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UsageError(f"{name} is {_shown(value)}, and must be an integer.")
+    if value < least:
+        raise UsageError(f"{name} is {value}, and must be at least {least}.")
+    if value > most:
+        raise UsageError(f"{name} is more than {most}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises :class:`UsageError` for what is none of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise UsageError(f"{name} is {_shown(value)}, and must be one of {', '.join(choices)}.")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raises :class:`UsageError` for what names neither a file nor anything on the Hub."""
+    if not isinstance(value, str | Path):
+        raise UsageError(f"{name} is {_shown(value)}, and must be a path or a name.")
+    if not str(value).strip() or "\0" in str(value):
+        raise UsageError(f"{name} is {_shown(str(value))}, which names nothing.")
+    if any(len(part.encode()) > _LONGEST for part in Path(value).parts):
+        raise UsageError(f"{name} is {value!s:.60}..., and a name may have {_LONGEST} bytes at most.")
+
+
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """Several texts; one alone is as good as a list of one. Raises :class:`UsageError` for anything else."""
+    several = (value,) if isinstance(value, str) else value
+    if isinstance(several, Iterable):
+        several = tuple(several)
+        if all(isinstance(text, str) for text in several):
+            return several
+    raise UsageError(f"{name} is {_shown(value)}, and must be texts.")
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.100}"
