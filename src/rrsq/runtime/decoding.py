@@ -283,7 +283,9 @@ class Decoder:
         def run() -> Any:
             outputs = type(self.model).forward(self.model, **given)
             storage.used.add_(1)
-            return outputs
+            # Not the cache: the graph would keep it, and it this storage, which nobody else got then.
+            kept = {name: value for name, value in outputs.items() if not isinstance(value, Cache)}
+            return type(outputs)(**kept)
 
         storage.together = True
         try:
@@ -300,9 +302,8 @@ class Decoder:
             for layer in layers:
                 layer.tokens = seen
         outputs = graph.result
-        kept = {name: value for name, value in outputs.items() if not isinstance(value, Cache)}
-        if set(kept) != {"logits"}:  # Hidden states, say, that the configuration asks for.
-            self._refused = f"the forward pass gives {', '.join(sorted(kept))}"
+        if set(outputs) != {"logits"}:  # Hidden states, say, that the configuration asks for.
+            self._refused = f"the forward pass gives {', '.join(sorted(outputs))}"
             return None
         constants = self.quantizers[0].constants(storage.device)
-        return _Graph(graph, input_ids, positions, mask, type(outputs)(**kept), constants)
+        return _Graph(graph, input_ids, positions, mask, outputs, constants)

@@ -64,13 +64,17 @@ class NormForward:
         """What is normalized of ``residual + x``, and what gives the sum once that is quantized."""
         rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, residual))
         sums: list[Tensor] = []
+        pending: DeferredInput | None = None
 
         def total() -> Tensor:
-            if not sums:
-                sums.append(deferred.others[0].view(x.shape) if deferred.others else residual + x)
+            nonlocal pending
+            if pending is not None:
+                others = pending.others
+                sums.append(others[0].view(x.shape) if others else residual + x)
+                pending = None  # It holds this function: without a cycle, tensors go as soon as they can.
             return sums[0]
 
-        deferred = self._deferred_of(
+        pending = deferred = self._deferred_of(
             kernels.add_rms_norm_quantize, *rows, lambda: self._normed(total()), x.shape
         )
         return deferred, total

@@ -141,5 +141,7 @@ def _make_up(path: Path, device: Any) -> Any:
             assemble_model(model, parse_info(section))
         model.to(device)
         fill(model)
+    # What it compares formulas with is made on the CPU, whatever the device of the model.
+    with torch.no_grad():
         make_ready(model)
     return model.eval()
