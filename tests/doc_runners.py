@@ -151,6 +151,28 @@ def run_example(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch)
     run_script(command.words[1:], monkeypatch)
 
 
+def run_soak(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few calls."""
+    words = command.words[1:]
+    for option, few in (("--calls", "3"), ("--threads", "2")):
+        words[words.index(option) + 1] = few
+    with pytest.raises(SystemExit) as ended:
+        run_script(words, monkeypatch)
+    assert ended.value.code == 0
+
+
+def run_mutation(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options, and that the modules and the tests it maps to them are there; the rest takes too long."""
+    import mutation
+
+    asked = mutation.make_parser().parse_args(command.words[2:])
+    mapped = [path for module, tests in mutation.TESTS.items() for path in (module, *tests)]
+    assert [path for path in mapped if not (REPOSITORY / path).exists()] == []
+    module = next(iter(mutation.TESTS))
+    source = (REPOSITORY / module).read_bytes()
+    assert len(mutation.drawn(module, source, asked.mutants, asked.seed)) == asked.mutants
+
+
 def run_big_model(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes become tiny ones, and /tmp the folder for output; what is quantized is made first."""
     from rrsq.models import ModelSizes
@@ -304,6 +326,8 @@ RUNNERS: dict[str, Runner] = {
     "rrsq ": run_rrsq,
     "python -m rrsq.lm_eval ": run_lm_eval,
     "python examples/big_model.py ": run_big_model,
+    "python examples/soak.py ": run_soak,
+    "python tests/mutation.py ": run_mutation,
     "python examples/expert_speed.py ": run_expert_speed,
     "python examples/": run_example,
     "torchrun ": run_torchrun,

@@ -76,7 +76,7 @@ TESTS: dict[str, list[str]] = {
     f"{_K}/linear_w8a16.py": ["tests/kernels/test_linear_w8a16.py"],
     f"{_K}/operation.py": ["tests/kernels/test_operation.py", "tests/kernels/test_operations.py"],
     f"{_K}/packed_gemm.py": _LINEAR,
-    f"{_K}/packing.py": ["tests/kernels/test_packing.py", "tests/kernels/test_linear_w4a16.py"],
+    f"{_K}/packing.py": ["tests/kernels/test_packing.py", "tests/kernels/test_linear_w4a16.py", *_LINEAR],
     f"{_K}/plans.py": ["tests/kernels/test_plans.py", *_LINEAR],
     f"{_K}/quantize_signed.py": ["tests/kernels/test_quantize_signed.py", "tests/kernels/test_not_finite.py"],
     f"{_K}/quantize_smoothed.py": [
@@ -89,7 +89,7 @@ TESTS: dict[str, list[str]] = {
     f"{_R}/modules/experts.py": ["tests/runtime/modules/test_experts.py"],
     f"{_R}/modules/gradient.py": ["tests/runtime/modules/test_gradient.py"],
     f"{_R}/modules/input.py": ["tests/runtime/modules"],
-    f"{_R}/modules/int8_linear.py": ["tests/runtime/modules"],
+    f"{_R}/modules/int8_linear.py": ["tests/kernels/test_linear_w8a16.py"],
     f"{_R}/modules/linear.py": ["tests/runtime/modules"],
     f"{_R}/modules/norms.py": ["tests/runtime/test_norms.py"],
     f"{_R}/modules/rotation.py": [*_MODULES, "tests/kernels/test_rotation.py"],
@@ -539,7 +539,8 @@ def report(results: Results) -> None:
     print(f"{noticed} of {sum(total.values())} mutants noticed, {total['timeout']} of them by hanging")
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -550,7 +551,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-j", "--jobs", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=600, help="begin no further mutant after so long")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
     results = Results(arguments.results)
     if arguments.command == "report":
         report(results)

@@ -194,6 +194,18 @@ def test_without_a_factor_it_rounds() -> None:
     assert torch.equal(result.codes, round_to_grid(W, steps))
 
 
+def test_errors_that_are_not_finite_fall_back() -> None:
+    """A factor may be finite, and what it is divided by too small."""
+    W = weight_of(4, 16)
+    grid = choose_grid(W, None)
+    factor = factor_hessian(hessian_of(16), act_order=False, damping=0.01)
+    assert factor is not None
+    factor.upper[3, 3] = 0.0
+    result = gptq_codes(W, grid, factor)
+    assert not result.used_gptq
+    assert torch.equal(result.codes, round_to_grid(W, grid.steps(16)))
+
+
 def test_neither_weight_nor_hessian_is_written_to() -> None:
     W, H = weight_of(4, 150), hessian_of(150)
     W_before, H_before = W.clone(), H.clone()

@@ -124,8 +124,11 @@ def test_a_rows_step_is_the_best_of_its_candidates() -> None:
     np.testing.assert_allclose(found, best, rtol=1e-4)
 
 
-def test_every_multiplier_is_the_best_of_fifteen() -> None:
+@pytest.mark.parametrize("zeros", [False, True])
+def test_every_multiplier_is_the_best_of_fifteen(zeros: bool) -> None:
     W = weight_of(60, 24)
+    if zeros:
+        W[:, ::5] = 0
     grid = choose_grid(W, 8)
     assert grid.multiplier is not None
     for row in range(60):

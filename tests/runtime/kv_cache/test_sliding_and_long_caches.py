@@ -74,6 +74,8 @@ def test_a_full_window_cannot_go_back_otherwise() -> None:
     layer.update(*states(3))
     layer.crop(-1)
     assert layer.get_seq_length() == 2
+    layer.crop(1)
+    assert layer.get_seq_length() == 1
     layer.update(*states(7))
     layer.crop(0)
     layer.crop(20)
