@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from rrsq.runtime import prefill
+from rrsq.runtime import decoding, prefill
 from rrsq.runtime.decoding import attach_decoder
 from rrsq.runtime.kv_cache.quantizer import KVQuantizer
 from rrsq.runtime.prefill import MOST_TOKENS, Prefill, padded_length
@@ -133,6 +134,32 @@ def test_the_cache_knows_what_a_graph_has_written(model: Any, graphs: type[FakeG
         for tensor, reference in zip(layer, other, strict=True):
             assert tensor.shape == reference.shape
             assert_same(tensor, reference)
+
+
+class KeptResult:
+    """A graph that only keeps what its function gave."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.result = function()
+
+    def replay(self) -> None:
+        """Nothing."""
+
+
+def test_a_captured_step_lets_go_of_its_cache(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "can_capture", lambda device: True)
+    monkeypatch.setattr(decoding, "CapturedGraph", KeptResult)
+    tokens, storages = random_tokens(1, 12), []
+    for _ in range(2):
+        cache = DynamicCache(config=model.config)
+        for part in tokens.split((9, 1, 1, 1), 1):
+            logits_of(model, part, past_key_values=cache)
+        storages.append(cache.layers[0].storage)
+        assert any(isinstance(graph, decoding._Graph) for graph in storages[-1].graphs.values())
+        gone = weakref.ref(cache)
+        del cache
+        assert gone() is None
+    assert storages[0] is storages[1]
 
 
 @pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 5])])
