@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -298,3 +299,12 @@ def test_a_deferred_input_is_the_tensor_to_whoever_wants_it() -> None:
     assert torch.equal(deferred[0], 2 * x[0])
     assert torch.equal(deferred.reshape(-1), (2 * x).reshape(-1))
     assert deferred.size(1) == 3
+
+
+def test_a_pending_norm_does_not_keep_itself() -> None:
+    norm = nn.RMSNorm(8)
+    deferred, total = norms.NormForward(norm, 1e-6, 0.0, False).added(torch.ones(2, 8), torch.ones(2, 8))
+    assert torch.equal(total(), torch.full((2, 8), 2.0))
+    gone = weakref.ref(deferred)
+    del deferred, total
+    assert gone() is None
