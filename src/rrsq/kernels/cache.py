@@ -45,7 +45,7 @@ def _assembly(nibbles: bool, zero: int) -> str:
     """Numbers of four bytes, less ``zero``: two registers of float16; of nibbles two and two."""
     registers = "b, l, h" if nibbles else "b"
     lines = [f".reg .b32 {registers};", f"mov.b32 b, {0x64006400 + 0x10001 * zero:#x};"]
-    sources = ("$2",)
+    sources: tuple[str, ...] = ("$2",)
     if nibbles:
         lines += ["and.b32 l, $4, 0x0F0F0F0F;", "shr.u32 h, $4, 4;", "and.b32 h, h, 0x0F0F0F0F;"]
         sources = ("l", "h")

@@ -7,8 +7,10 @@ channels that RoPE turns, ``q · RoPE_p(mu) = sum A cos(p f) + B sin(p f)``. In 
 turning ``(A, B)`` back by ``p_0 f`` leaves a product with the constant ``cos(j f)`` and ``sin(j f)``.
 """
 
-# ruff: noqa: RUF005 - kernels cannot unpack tuples.
+# Tuples of tiles grow by a tile at a time, and kernels cannot unpack them.
+# ruff: noqa: RUF005
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
+# mypy: disable-error-code="assignment, var-annotated"
 
 from __future__ import annotations
 
