@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -101,3 +102,48 @@ def test_unpacking(in_features, group_size, kind, device):
         actual = kernels.weight_operand(problem.packed, problem.multiplier)
     with kernels.use_kernels("eager"):
         assert torch.equal(actual, kernels.weight_operand(problem.packed, problem.multiplier))
+
+
+def run_assembly(source: str, *inputs: int) -> int:
+    """What a few instructions of PTX on 32-bit registers leave in ``$0``, given ``$1``, ``$2``..."""
+    registers = {f"${number}": value for number, value in enumerate(inputs, 1)}
+
+    def read(operand: str) -> int:
+        return registers[operand] if operand in registers else int(operand, 0)
+
+    def permuted(a: int, b: int, selector: int) -> int:
+        source_bytes, result = (b << 32 | a).to_bytes(8, "little"), 0
+        for place in range(4):
+            which = selector >> 4 * place & 0xF
+            byte = source_bytes[which & 7]
+            if which & 8:  # Its sign, eight times.
+                byte = 0xFF if byte & 0x80 else 0
+            result |= byte << 8 * place
+        return result
+
+    operations = {
+        "and.b32": lambda a, b: a & b,
+        "xor.b32": lambda a, b: a ^ b,
+        "shl.b32": lambda a, b: a << b,
+        "shr.u32": lambda a, b: a >> b,
+        "mad.lo.u32": lambda a, b, c: a * b + c,
+        "prmt.b32": permuted,
+    }
+    for line in source.strip().strip("{}").split(";"):
+        name, _, operands = line.strip().partition(" ")
+        if name and name != ".reg":
+            into, *rest = (operand.strip() for operand in operands.split(","))
+            registers[into] = operations[name](*map(read, rest)) & 0xFFFFFFFF
+    return registers["$0"]
+
+
+@needs_triton
+@pytest.mark.parametrize("half", ["LOW", "HIGH"])
+@pytest.mark.parametrize("multiplier", [number for number in range(-15, 16) if number])
+def test_the_assembly_multiplies_four_codes_at_once(half: str, multiplier: int) -> None:
+    source = getattr(sys.modules["rrsq.kernels.packing"], f"_SCALED_{half}").value
+    for codes in ((-8, -8, -8, -8), (7, 7, 7, 7), (-8, 7, -1, 0), (0, 1, -8, 7), (7, -8, 3, -5)):
+        nibbles = bytes((code + 8) << (4 if half == "HIGH" else 0) for code in codes)
+        packed = int.from_bytes(nibbles, "little")
+        result = run_assembly(source, packed, (multiplier & 0xFF) * 0x01010101)
+        assert result.to_bytes(4, "little") == bytes(code * multiplier & 0xFF for code in codes)

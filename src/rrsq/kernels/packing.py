@@ -127,13 +127,13 @@ def weight_operand(packed: Tensor, multiplier: Tensor | None = None) -> Tensor:
     return scaled.view(out_features, in_features)
 
 
+# 0xF7F7F7F8 is -8 in every byte: -0x08080808.
 _SCALED = """
 {{
 .reg .b32 t, u, c;
 {extract}
 prmt.b32 u, $2, 0, 0x8880;
-shl.b32 c, $2, 3;
-sub.u32 c, 0x80808080, c;
+mad.lo.u32 c, u, 0xF7F7F7F8, 0x80808080;
 mad.lo.u32 t, t, u, c;
 xor.b32 $0, t, 0x80808080;
 }}
