@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._triton import ceil_div, next_power_of_two
 from .cache import decode_cache, offset_keys
-from .cache_read import read_kernel
+from .cache_read import read_kernel, transposed
 from .operation import Constraints, operation
 
 __all__ = ["cache_gather"]
@@ -124,8 +124,8 @@ def _launch(
         value_minimum,
         slots,
         positions,
-        None if key_signs is None else key_signs.t().contiguous(),
-        None if value_signs is None else value_signs.t().contiguous(),
+        None if key_signs is None else transposed(key_signs),
+        None if value_signs is None else transposed(value_signs),
         key_offset,
         value_offset,
         frequencies,

@@ -12,7 +12,7 @@ from ._triton import ceil_div, next_power_of_two, tl, triton
 from .cache import decode_cache, dequantized_halves, offset_keys, rope_of_offset, rotated_halves
 from .operation import Constraints, operation
 
-__all__ = ["cache_read", "read_kernel"]
+__all__ = ["cache_read", "read_kernel", "transposed"]
 
 _TILE = 32
 
@@ -223,7 +223,7 @@ def read_kernel(
 _transposes = WeakTensorKeyDictionary()
 
 
-def _transposed(signs: Tensor) -> Tensor:
+def transposed(signs: Tensor) -> Tensor:
     """``signs.t()``, kept for as long as ``signs`` lives, which must not be changed in place.
 
     Not where a CUDA graph is captured: its memory would be the graph's.
@@ -283,8 +283,8 @@ def _launch(
         value_minimum,
         block_table,
         shift,
-        None if key_signs is None else _transposed(key_signs),
-        None if value_signs is None else _transposed(value_signs),
+        None if key_signs is None else transposed(key_signs),
+        None if value_signs is None else transposed(value_signs),
         key_offset,
         value_offset,
         frequencies,
