@@ -93,6 +93,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=0.1, help="about how long to measure each")
     seconds = parser.parse_args().seconds
+    if not torch.cuda.is_available():
+        parser.error("what is timed are kernels of an NVIDIA GPU, and torch finds none")
     print(torch.cuda.get_device_name())
     options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     for channels in CHANNELS:

@@ -199,6 +199,14 @@ def run_expert_speed(command: Command, output: Path, monkeypatch: pytest.MonkeyP
     run_script([*words, "--tokens", "1,3"], monkeypatch)
 
 
+def run_fused_speed(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It times a GPU: without one it says so."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        run_script(command.words[1:], monkeypatch)
+    assert stopped.value.code == 2
+
+
 def run_serve(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint is checked; vLLM is not started."""
     _, *words = command.words
@@ -329,6 +337,7 @@ RUNNERS: dict[str, Runner] = {
     "python examples/soak.py ": run_soak,
     "python tests/mutation.py ": run_mutation,
     "python examples/expert_speed.py ": run_expert_speed,
+    "python examples/fused_speed.py": run_fused_speed,
     "python examples/": run_example,
     "torchrun ": run_torchrun,
     "make ": run_make,
