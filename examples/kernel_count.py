@@ -64,6 +64,8 @@ def main() -> None:
     parser.add_argument("--shape", default="Llama-3-8B")
     parser.add_argument("--layers", type=int, default=8)
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("what is counted are kernels of an NVIDIA GPU, and torch finds none")
     for fused in (True, False):
         whole, half = (count(options.shape, n, fused) for n in (options.layers, options.layers // 2))
         added = options.layers - options.layers // 2
