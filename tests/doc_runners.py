@@ -199,8 +199,8 @@ def run_expert_speed(command: Command, output: Path, monkeypatch: pytest.MonkeyP
     run_script([*words, "--tokens", "1,3"], monkeypatch)
 
 
-def run_fused_speed(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It times a GPU: without one it says so."""
+def run_on_a_gpu(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What times a GPU says so where there is none."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
         run_script(command.words[1:], monkeypatch)
@@ -337,7 +337,8 @@ RUNNERS: dict[str, Runner] = {
     "python examples/soak.py ": run_soak,
     "python tests/mutation.py ": run_mutation,
     "python examples/expert_speed.py ": run_expert_speed,
-    "python examples/fused_speed.py": run_fused_speed,
+    "python examples/fused_speed.py": run_on_a_gpu,
+    "python examples/attention_speed.py": run_on_a_gpu,
     "python examples/": run_example,
     "torchrun ": run_torchrun,
     "make ": run_make,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._triton import COMPILED, ceil_div, next_power_of_two, processors, tl, triton
-from .cache import chunk_size, dequantized_chunk, turned
+from .cache import chunk_size, dequantized_chunk, signs_as, turned
 from .cache_read import cache_read
 from .operation import Constraints, operation
 
@@ -30,15 +30,16 @@ QUERIES = 16
 _COMPILED = tl.constexpr(COMPILED)
 _TILE = 32
 _STAGES = 2
-_PROGRAMS = 12
-"""Programs of one warp for each processor of the GPU, where there are keys enough."""
+_WARPS = 8
+"""Warps that a processor of the GPU holds: they take all of its registers."""
 _MOST_SPLITS = 128
 _COMBINED = 32
+_FEW_ROWS = 1024
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def _fake(query: Tensor, *_: object) -> Tensor:
-    return query.new_empty(query.shape)
+def _fake(*_: object) -> None:
+    return None
 
 
 def _sizes(query: Tensor, key_codes: Tensor, *_: object) -> tuple[tuple[str, int], ...]:
@@ -49,6 +50,7 @@ def _sizes(query: Tensor, key_codes: Tensor, *_: object) -> tuple[tuple[str, int
     fake=_fake,
     sizes=_sizes,
     dtypes=("query",),
+    mutates=("output",),
     typical={"query": torch.bfloat16, "tokens": 1, "head_dim": 128},
 )
 def cache_attend(
@@ -72,7 +74,8 @@ def cache_attend(
     scaling: float,
     softcap: float,
     window: int,
-) -> Tensor:
+    output: Tensor,
+) -> None:
     """``softmax(scaling q k^T) v`` over cached keys and values, causal among the new tokens.
 
     Args:
@@ -92,9 +95,8 @@ def cache_attend(
         scaling: factor of the logits.
         softcap: ``c`` of ``c tanh(logit / c)`` (arXiv 2408.00118), or 0.
         window: keys a query sees, itself included; 0: all.
-
-    Returns:
-        ``[batch, tokens, heads, head_dim]`` in the dtype of ``query``; 0 for a token that sees nothing.
+        output: ``[batch, tokens, heads, head_dim]``, of the dtype of ``query``; written to, 0 for a token
+            that sees nothing.
     """
     batch, tokens, heads, _ = query.shape
     total = lengths.long().expand(batch) + added
@@ -132,7 +134,7 @@ def cache_attend(
         chosen = mask[..., slots.clamp(max=mask.shape[-1] - 1)]
         seen = seen & (chosen | (slots >= mask.shape[-1]))
     weights = torch.softmax(logits.masked_fill(~seen, -torch.inf), -1).masked_fill(~seen.any(-1, True), 0)
-    return (weights @ values).transpose(1, 2).to(query.dtype)
+    output.copy_((weights @ values).transpose(1, 2))
 
 
 @triton.jit
@@ -149,14 +151,135 @@ def _of_signs(
     if x.dtype == tl.float32:
         upper = x.to(tl.bfloat16)
         lower = (x - upper.to(tl.float32)).to(tl.bfloat16)
-        sign = matrix.to(tl.bfloat16)
-        return tl.dot(sign, lower, tl.dot(sign, upper))
-    return tl.dot(matrix.to(x.dtype), x)
+        sign = signs_as(matrix, tl.bfloat16)
+        product = tl.dot(sign, lower, tl.dot(sign, upper))
+    else:
+        product = tl.dot(signs_as(matrix, x.dtype), x)
+    return product
+
+
+@triton.jit
+def _prepare_kernel(
+    query,
+    signs,
+    key_offset,
+    frequencies,
+    prepared,
+    factors,
+    steps,
+    rows,
+    scaling,
+    rope_scale,
+    query_stride_batch,
+    query_stride_token,
+    query_stride_head,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEY_CHUNK: tl.constexpr,
+    ROTATED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PADDED_PAIRS: tl.constexpr,
+    HEADS_AT_ONCE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """What all parts of the keys need, once: ``q H``, ``A`` and ``B``, cosines and sines within a tile.
+
+    A program does some heads of tokens: a chunk of ``q H``, or behind those ``A`` and ``B``. Both are divided
+    by something that nothing of their head exceeds, so that they fit into float16. With the ``ROWS``
+    queries that read the same keys side by side, ``prepared`` holds the first, float16 ``[ROWS, channels
+    in chunks]``, and ``factors`` float32 ``[3 + 2 PADDED_PAIRS, ROWS]``: what takes logits back, of the codes
+    and of the offset; the part of the offset that RoPE does not turn; ``A``; ``B``. One program writes
+    ``steps``, float16 ``[2, TILE, PADDED_PAIRS]``, of the angles ``j f``.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    CHUNKS: tl.constexpr = (HALF + KEY_CHUNK - 1) // KEY_CHUNK
+    chunk = tl.program_id(0)
+    row = tl.program_id(1) * HEADS_AT_ONCE + tl.arange(0, HEADS_AT_ONCE)
+    present = row < rows
+    batch = (row // (TOKENS * HEADS)).to(tl.int64)
+    token = row // HEADS % TOKENS
+    head = row % HEADS
+    kv_head = head // SHARED
+    group = batch * (HEADS // SHARED) + kv_head
+    own = token * SHARED + head % SHARED
+    q_rows = query + batch * query_stride_batch + token * query_stride_token + head * query_stride_head
+    factor = factors + group * ((3 + 2 * PADDED_PAIRS) * ROWS) + own
+    if chunk < 2 * CHUNKS:
+        channel = tl.arange(0, PADDED)
+        used = (channel < HALF)[:, None] & present[None, :]
+        q_low = tl.load(q_rows[None, :] + channel[:, None], mask=used, other=0.0)
+        q_high = tl.load(q_rows[None, :] + (channel + HALF)[:, None], mask=used, other=0.0)
+        low_size = tl.abs(q_low.to(tl.float32))
+        high_size = tl.abs(q_high.to(tl.float32))
+        half = chunk // CHUNKS
+        begin = chunk % CHUNKS * KEY_CHUNK
+        inner = tl.arange(0, KEY_CHUNK)
+        if ROTATED:
+            largest = (tl.sum(low_size, 0) + tl.sum(high_size, 0)) * HEAD_DIM**-0.5
+            corner = signs + half * HALF + begin
+            part = _of_signs(corner, q_low, HALF - begin, KEY_CHUNK, HALF, HEAD_DIM, PADDED)
+            part += _of_signs(
+                corner + HALF * HEAD_DIM, q_high, HALF - begin, KEY_CHUNK, HALF, HEAD_DIM, PADDED
+            )
+            part = part * HEAD_DIM**-0.5
+        else:
+            largest = tl.maximum(tl.max(low_size, 0), tl.max(high_size, 0))
+            inside = (begin + inner < HALF)[:, None] & present[None, :]
+            place = (half * HALF + begin + inner)[:, None]
+            part = tl.load(q_rows[None, :] + place, mask=inside, other=0.0).to(tl.float32)
+        largest = tl.where(largest > 0, largest, 1.0)
+        to = prepared + (group * ROWS + own) * (2 * CHUNKS * KEY_CHUNK)
+        tl.store(
+            to[None, :] + (chunk * KEY_CHUNK + inner)[:, None],
+            (part / largest[None, :]).to(tl.float16),
+            mask=present[None, :],
+        )
+        if chunk == 0:
+            tl.store(factor, largest * scaling, mask=present)
+    elif chunk == 2 * CHUNKS:
+        constant = tl.zeros([HEADS_AT_ONCE], tl.float32)
+        means = (key_offset + kv_head * HEAD_DIM)[None, :]
+        if 2 * PAIRS < HEAD_DIM:
+            whole = tl.arange(0, 2 * PADDED)
+            beyond = ((whole >= 2 * PAIRS) & (whole < HEAD_DIM))[:, None] & present[None, :]
+            of_rest = tl.load(q_rows[None, :] + whole[:, None], mask=beyond, other=0.0).to(tl.float32)
+            constant += tl.sum(of_rest * tl.load(means + whole[:, None], mask=beyond, other=0.0), 0)
+        tl.store(factor + 2 * ROWS, constant * scaling, mask=present)
+        if PAIRS > 0:
+            pair = tl.arange(0, PADDED_PAIRS)[:, None]
+            here = (pair < PAIRS) & present[None, :]
+            first_q = tl.load(q_rows[None, :] + pair, mask=here, other=0.0).to(tl.float32)
+            second_q = tl.load(q_rows[None, :] + (pair + PAIRS), mask=here, other=0.0).to(tl.float32)
+            first_mean = tl.load(means + pair, mask=here, other=0.0) * rope_scale
+            second_mean = tl.load(means + (pair + PAIRS), mask=here, other=0.0) * rope_scale
+            along = first_q * first_mean + second_q * second_mean
+            across = second_q * first_mean - first_q * second_mean
+            # No turn makes them larger than this.
+            bound = tl.sqrt(tl.max(along * along + across * across, 0))
+            bound = tl.where(bound > 0, bound, 1.0)
+            to_pairs = factor[None, :] + (3 + pair) * ROWS
+            tl.store(to_pairs, along / bound[None, :], mask=present[None, :])
+            tl.store(to_pairs + PADDED_PAIRS * ROWS, across / bound[None, :], mask=present[None, :])
+            tl.store(factor + ROWS, bound * scaling, mask=present)
+    elif tl.program_id(1) == 0:
+        turning = tl.arange(0, PADDED_PAIRS)
+        frequency = tl.load(frequencies + turning, mask=turning < PAIRS, other=0.0) * 0.15915494309189535
+        step = tl.arange(0, TILE)
+        cos, sin = turned(step.to(tl.float32)[:, None] * frequency.to(tl.float32)[None, :])
+        to_steps = steps + step[:, None] * PADDED_PAIRS + turning[None, :]
+        tl.store(to_steps, cos.to(tl.float16))
+        tl.store(to_steps + TILE * PADDED_PAIRS, sin.to(tl.float16))
 
 
 @triton.jit
 def _attend_kernel(
-    query,
+    prepared,
+    factors,
+    steps,
     key_codes,
     key_scale,
     key_minimum,
@@ -166,8 +289,6 @@ def _attend_kernel(
     lengths,
     table,
     mask,
-    signs,
-    key_offset,
     value_offset,
     frequencies,
     shift,
@@ -179,9 +300,6 @@ def _attend_kernel(
     mask_stride_batch,
     mask_stride_token,
     mask_columns,
-    query_stride_batch,
-    query_stride_token,
-    query_stride_head,
     key_stride_block,
     key_stride_head,
     key_stride_token,
@@ -194,8 +312,6 @@ def _attend_kernel(
     value_scale_stride_block,
     value_scale_stride_head,
     value_scale_stride_token,
-    rope_scale,
-    scaling,
     softcap,
     window,
     splits,
@@ -204,7 +320,6 @@ def _attend_kernel(
     HEADS: tl.constexpr,
     SHARED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     KEY_BITS: tl.constexpr,
     KEY_GROUPS: tl.constexpr,
@@ -214,7 +329,6 @@ def _attend_kernel(
     VALUE_GROUPS: tl.constexpr,
     VALUE_MINIMUM: tl.constexpr,
     VALUE_CHUNK: tl.constexpr,
-    ROTATED: tl.constexpr,
     OFFSET: tl.constexpr,
     VALUE_OFFSET: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -232,7 +346,8 @@ def _attend_kernel(
     Column ``r`` of the products is token ``r // SHARED``, head ``r % SHARED`` of those that share the key:
     keys are the rows, of which a matrix unit wants 16, where it is content with 8 columns. Channels are taken
     in chunks of one scale each.
-    ``WHOLE``: the part is all, and the result is written; else unscaled sums with their maximum and weight.
+    ``WHOLE``: the part is all, and the result is written; else unscaled sums with their maximum and weight,
+    the sums only where there are keys.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     KEY_CHUNKS: tl.constexpr = (HALF + KEY_CHUNK - 1) // KEY_CHUNK
@@ -244,7 +359,6 @@ def _attend_kernel(
     token = row // SHARED
     head = kv_head * SHARED + row % SHARED
     present = row < TOKENS * SHARED
-    q_rows = query + batch * query_stride_batch + token * query_stride_token + head * query_stride_head
 
     total = tl.load(lengths + batch * length_stride) + added
     begin = 0
@@ -254,34 +368,25 @@ def _attend_kernel(
     begin = begin + split * share
     end = tl.minimum(begin + share, total)
     last = total - TOKENS + token
+    if not WHOLE:
+        part_of_row = ((batch * TOKENS + token) * HEADS + head) * splits + split
+        if begin >= end:
+            tl.store(statistics + part_of_row * 2, tl.full([ROWS], float("-inf"), tl.float32), mask=present)
+            tl.store(statistics + part_of_row * 2 + 1, tl.zeros([ROWS], tl.float32), mask=present)
+            return
 
+    group = batch * tl.num_programs(1) + kv_head
+    factors += group * ((3 + 2 * PADDED_PAIRS) * ROWS) + row
     if OFFSET:
-        constant = tl.zeros([ROWS], tl.float32)
-        means = key_offset + kv_head * HEAD_DIM
-        if 2 * PAIRS < HEAD_DIM:
-            whole = tl.arange(0, 2 * PADDED)
-            beyond = (whole >= 2 * PAIRS) & (whole < HEAD_DIM)
-            of_rest = tl.load(
-                q_rows[None, :] + whole[:, None], mask=beyond[:, None] & present[None, :], other=0.0
-            )
-            rest = tl.load(means + whole, mask=beyond, other=0.0)
-            constant += tl.sum(of_rest.to(tl.float32) * rest[:, None], 0)
+        of_constant = tl.load(factors + 2 * ROWS, mask=present, other=0.0)
         if PAIRS > 0:
+            of_turned = tl.load(factors + ROWS, mask=present, other=0.0)
             pair = tl.arange(0, PADDED_PAIRS)
-            paired = pair < PAIRS
-            here = paired[:, None] & present[None, :]
-            q_first = tl.load(q_rows[None, :] + pair[:, None], mask=here, other=0.0).to(tl.float32)
-            q_second = tl.load(q_rows[None, :] + (pair + PAIRS)[:, None], mask=here, other=0.0).to(tl.float32)
-            first = tl.load(means + pair, mask=paired, other=0.0) * rope_scale
-            second = tl.load(means + pair + PAIRS, mask=paired, other=0.0) * rope_scale
-            along = q_first * first[:, None] + q_second * second[:, None]
-            across = q_second * first[:, None] - q_first * second[:, None]
-            # No turn makes them larger than this, with which they fit into float16.
-            bound = tl.sqrt(tl.max(along * along + across * across, 0))
-            bound = tl.where(bound > 0, bound, 1.0)
-            along = along / bound[None, :]
-            across = across / bound[None, :]
-            frequency = tl.load(frequencies + pair, mask=paired, other=0.0) * 0.15915494309189535
+            row_of_pair = (3 + pair)[:, None] * ROWS
+            of_pairs = factors[None, :] + row_of_pair
+            along = tl.load(of_pairs, mask=present[None, :], other=0.0)
+            across = tl.load(of_pairs + PADDED_PAIRS * ROWS, mask=present[None, :], other=0.0)
+            frequency = tl.load(frequencies + pair, mask=pair < PAIRS, other=0.0) * 0.15915494309189535
             position = begin
             if SHIFTED:
                 position += tl.load(shift + batch)
@@ -289,40 +394,16 @@ def _attend_kernel(
             near = along * cos[:, None] + across * sin[:, None]
             far = across * cos[:, None] - along * sin[:, None]
             tile_cos, tile_sin = turned(frequency * TILE)
-            step_cos, step_sin = turned(tl.arange(0, TILE).to(tl.float32)[:, None] * frequency.to(tl.float32))
-            step_cos = step_cos.to(tl.float16)
-            step_sin = step_sin.to(tl.float16)
-
-    chosen = ()
-    largest = tl.full([ROWS], 0.0, tl.float32)
-    if ROTATED:
-        channel = tl.arange(0, PADDED)
-        used = (channel < HALF)[:, None] & present[None, :]
-        q_low = tl.load(q_rows[None, :] + channel[:, None], mask=used, other=0.0)
-        q_high = tl.load(q_rows[None, :] + (channel + HALF)[:, None], mask=used, other=0.0)
-    for half in tl.static_range(2):
-        for chunk in tl.static_range(KEY_CHUNKS):
-            first_channel = half * HALF + chunk * KEY_CHUNK
-            count = HALF - chunk * KEY_CHUNK
-            if ROTATED:
-                part_of_q = _of_signs(signs + first_channel, q_low, count, KEY_CHUNK, HALF, HEAD_DIM, PADDED)
-                part_of_q += _of_signs(
-                    signs + HALF * HEAD_DIM + first_channel, q_high, count, KEY_CHUNK, HALF, HEAD_DIM, PADDED
-                )
-                part_of_q = part_of_q * HEAD_DIM**-0.5
-            else:
-                inner = tl.arange(0, KEY_CHUNK)
-                used = (inner < count)[:, None] & present[None, :]
-                part_of_q = tl.load(
-                    q_rows[None, :] + (first_channel + inner)[:, None], mask=used, other=0.0
-                ).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(part_of_q), 0))
-            chosen = chosen + (part_of_q,)
-    largest = tl.where(largest > 0, largest, 1.0)
-    turned_q = ()
+            step = steps + tl.arange(0, TILE)[:, None] * PADDED_PAIRS + pair[None, :]
+            step_cos = tl.load(step)
+            step_sin = tl.load(step + TILE * PADDED_PAIRS)
+    queries = ()
+    inner = tl.arange(0, KEY_CHUNK)
+    row_of_q = prepared + (group * ROWS + row) * (2 * KEY_CHUNKS * KEY_CHUNK)
     for chunk in tl.static_range(2 * KEY_CHUNKS):
-        turned_q = turned_q + ((chosen[chunk] / largest[None, :]).to(tl.float16),)
-    factor = largest * scaling
+        place_of_q = row_of_q[None, :] + (chunk * KEY_CHUNK + inner)[:, None]
+        queries = queries + (tl.load(place_of_q, mask=present[None, :], other=0.0),)
+    factor = tl.load(factors, mask=present, other=0.0)
 
     best = tl.full([ROWS], float("-inf"), tl.float32)
     weights = tl.zeros([TILE, ROWS], tl.float32)
@@ -350,18 +431,18 @@ def _attend_kernel(
                 key_codes, key_scale, key_minimum, code_rows, scale_rows, valid, chunk,
                 KEY_BITS, HEAD_DIM // KEY_GROUPS, HALF, KEY_CHUNK, KEY_MINIMUM,
             )  # fmt: skip
-            logits = tl.dot(low, turned_q[chunk], logits)
-            logits = tl.dot(high, turned_q[KEY_CHUNKS + chunk], logits)
+            logits = tl.dot(low, queries[chunk], logits)
+            logits = tl.dot(high, queries[KEY_CHUNKS + chunk], logits)
         logits = logits * factor[None, :]
         if OFFSET:
             if PAIRS > 0:
                 of_offset = tl.dot(step_cos, near.to(tl.float16))
                 of_offset = tl.dot(step_sin, far.to(tl.float16), of_offset)
-                logits += of_offset * (bound * scaling)[None, :]
+                logits += of_offset * of_turned[None, :]
                 old = near
                 near = old * tile_cos[:, None] + far * tile_sin[:, None]
                 far = far * tile_cos[:, None] - old * tile_sin[:, None]
-            logits += (constant * scaling)[None, :]
+            logits += of_constant[None, :]
         if SOFTCAP:
             # tanh by its exponential, whose argument is kept where it does not overflow.
             power = tl.exp2(tl.minimum(tl.abs(logits) / softcap, 30.0) * (2 * _LOG2E))
@@ -414,14 +495,12 @@ def _attend_kernel(
     weight = tl.sum(weights, 0)
     share_of = tl.where(weight > 0, 1.0 / weight, tl.where(weight == 0, 0.0, weight))
     some = tl.where(weight == 0, 0.0, 1.0)
-    place = (batch * TOKENS + token) * HEADS + head
     if WHOLE:
-        out = output + place * HEAD_DIM
+        out = output + ((batch * TOKENS + token) * HEADS + head) * HEAD_DIM
     else:
-        place = place * splits + split
-        tl.store(statistics + place * 2, best, mask=present)
-        tl.store(statistics + place * 2 + 1, weight, mask=present)
-        out = output + place * HEAD_DIM
+        tl.store(statistics + part_of_row * 2, best, mask=present)
+        tl.store(statistics + part_of_row * 2 + 1, weight, mask=present)
+        out = output + part_of_row * HEAD_DIM
     inner = tl.arange(0, VALUE_CHUNK)
     for half in tl.static_range(2):
         for chunk in tl.static_range(VALUE_CHUNKS):
@@ -470,7 +549,7 @@ def _combine_kernel(
     total = tl.sum(weight * factor, 0)
     x = tl.load(
         parts + (row * splits + split)[:, None] * HEAD_DIM + channel[None, :],
-        mask=real[:, None] & inside[None, :],
+        mask=(real & (weight != 0))[:, None] & inside[None, :],
         other=0.0,
     )
     result = tl.sum(x * factor[:, None], 0)
@@ -511,34 +590,75 @@ def _launch(
     scaling: float,
     softcap: float,
     window: int,
-) -> Tensor:
+    output: Tensor,
+) -> None:
     batch, tokens, heads, head_dim = query.shape
     if query.stride(3) != 1:
         query = query.contiguous()
     if mask is not None and mask.stride(3) != 1:
         mask = mask.contiguous()
-    output = torch.empty((batch, tokens, heads, head_dim), dtype=query.dtype, device=query.device)
     if output.numel() == 0:
-        return output
+        return
+    result = output
+    if not output.is_contiguous():
+        result = torch.empty_like(output, memory_format=torch.contiguous_format)
     kv_heads, block_size = key_codes.shape[1], key_codes.shape[2]
     longest = block_size if block_table is None else block_size * block_table.shape[1]
     visible = min(longest, window + tokens + _TILE) if window else longest
     programs = batch * kv_heads
     tiles = ceil_div(visible, _TILE)
-    splits = min(ceil_div(_PROGRAMS * processors(query.device), programs), ceil_div(tiles, 2), _MOST_SPLITS)
-    # One warp a program is the most a GPU gets done; where it is not filled, two are done sooner.
-    warps = 1 if programs * tiles >= 4 * processors(query.device) else 2
     padded = max(next_power_of_two(head_dim // 2), 16)
     pairs = 0 if frequencies is None or key_offset is None else frequencies.shape[0]
     rows = max(next_power_of_two(tokens * (heads // kv_heads)), 8)
+    # One warp a program is the most a GPU gets done; where it is not filled, two are done sooner.
+    warps = max(1 if programs * tiles >= 4 * processors(query.device) else 2, rows // 16)
+    # As many parts as run at once, and none that would run after all others.
+    splits = max(1, min(_WARPS * processors(query.device) // (warps * programs), tiles, _MOST_SPLITS))
     whole = splits == 1
-    sums, statistics = output, output
+    chunk = chunk_size(head_dim, head_dim // key_scale.shape[-1])
+    chunks = 2 * ceil_div(head_dim // 2, chunk)
+    padded_pairs = max(next_power_of_two(max(pairs, 1)), 16)
+    prepared = torch.empty((programs, rows, chunks * chunk), dtype=torch.float16, device=query.device)
+    factors = torch.empty((programs, 3 + 2 * padded_pairs, rows), dtype=torch.float32, device=query.device)
+    rows_of_all = batch * tokens * heads
+    at_once = 16 if rows_of_all <= _FEW_ROWS else 64
+    steps = torch.empty((2, _TILE, padded_pairs), dtype=torch.float16, device=query.device)
+    columns = chunks + (key_offset is not None) + (pairs > 0)
+    _prepare_kernel[(columns, ceil_div(rows_of_all, at_once))](
+        query,
+        signs,
+        key_offset,
+        frequencies,
+        prepared,
+        factors,
+        steps,
+        rows_of_all,
+        scaling,
+        rope_scale,
+        *query.stride()[:3],
+        TOKENS=tokens,
+        HEADS=heads,
+        SHARED=heads // kv_heads,
+        HEAD_DIM=head_dim,
+        PADDED=padded,
+        ROWS=rows,
+        KEY_CHUNK=chunk,
+        ROTATED=signs is not None,
+        PAIRS=pairs,
+        PADDED_PAIRS=padded_pairs,
+        HEADS_AT_ONCE=at_once,
+        TILE=_TILE,
+        num_warps=4,
+    )
+    sums, statistics = result, result
     if not whole:
         parts = batch * tokens * heads * splits
         sums = torch.empty((parts, head_dim), dtype=torch.float32, device=query.device)
         statistics = torch.empty((parts, 2), dtype=torch.float32, device=query.device)
     _attend_kernel[(splits, kv_heads, batch)](
-        query,
+        prepared,
+        factors,
+        steps,
         key_codes,
         key_scale,
         key_minimum,
@@ -548,8 +668,6 @@ def _launch(
         lengths,
         block_table,
         mask,
-        signs,
-        key_offset,
         value_offset,
         frequencies,
         shift,
@@ -561,13 +679,10 @@ def _launch(
         0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
         0 if mask is None or mask.shape[2] == 1 else mask.stride(2),
         0 if mask is None else mask.shape[3],
-        *query.stride()[:3],
         *key_codes.stride()[:3],
         *key_scale.stride()[:3],
         *value_codes.stride()[:3],
         *value_scale.stride()[:3],
-        rope_scale,
-        scaling,
         softcap,
         window,
         splits,
@@ -576,21 +691,19 @@ def _launch(
         HEADS=heads,
         SHARED=heads // kv_heads,
         HEAD_DIM=head_dim,
-        PADDED=padded,
         ROWS=rows,
         KEY_BITS=key_codes.shape[-1] * 8 // head_dim,
         KEY_GROUPS=key_scale.shape[-1],
         KEY_MINIMUM=key_minimum is not None,
-        KEY_CHUNK=chunk_size(head_dim, head_dim // key_scale.shape[-1]),
+        KEY_CHUNK=chunk,
         VALUE_BITS=value_codes.shape[-1] * 8 // head_dim,
         VALUE_GROUPS=value_scale.shape[-1],
         VALUE_MINIMUM=value_minimum is not None,
         VALUE_CHUNK=chunk_size(head_dim, head_dim // value_scale.shape[-1]),
-        ROTATED=signs is not None,
         OFFSET=key_offset is not None,
         VALUE_OFFSET=value_offset is not None,
         PAIRS=pairs,
-        PADDED_PAIRS=max(next_power_of_two(max(pairs, 1)), 16),
+        PADDED_PAIRS=padded_pairs,
         SHIFTED=shift is not None,
         PAGED=block_table is not None,
         MASKED=mask is not None,
@@ -598,7 +711,7 @@ def _launch(
         SOFTCAP=softcap > 0,
         WHOLE=whole,
         TILE=_TILE,
-        num_warps=max(warps, rows // 16),
+        num_warps=warps,
         num_stages=_STAGES,
     )
     if not whole:
@@ -606,7 +719,7 @@ def _launch(
             sums,
             statistics,
             value_offset,
-            output,
+            result,
             splits,
             HEADS=heads,
             SHARED=heads // kv_heads,
@@ -616,4 +729,5 @@ def _launch(
             VALUE_OFFSET=value_offset is not None,
             num_warps=4,
         )
-    return output
+    if result is not output:
+        output.copy_(result)

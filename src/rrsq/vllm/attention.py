@@ -372,7 +372,7 @@ class QuantizedAttention(AttentionImpl[CacheMetadata]):
         if batch.decodes:
             rows = batch.decodes * batch.queries
             shape = (batch.decodes, batch.queries, self.num_heads, self.head_size)
-            out = quantizer.attend(
+            quantizer.attend(
                 pages,
                 query[:rows].view(shape),
                 batch.lengths,
@@ -383,8 +383,8 @@ class QuantizedAttention(AttentionImpl[CacheMetadata]):
                 self.logits_soft_cap,
                 self.sliding_window,
                 batch.block_table,
+                output[:rows].view(shape),
             )
-            output[:rows].view(shape).copy_(out)
         for prompts in batch.prompts:
             keys, values = quantizer.gather(pages, query, prompts.slots, prompts.positions)
             flash = prompts.ranges is None and self._can_flash(query)

@@ -203,11 +203,14 @@ class KVQuantizer(nn.Module):
         softcap: float,
         window: int,
         block_table: Tensor | None = None,
+        output: Tensor | None = None,
     ) -> Tensor:
-        """Attention from codes; see :func:`rrsq.kernels.cache_attend`."""
+        """Attention from codes, into ``output`` if it is given; see :func:`rrsq.kernels.cache_attend`."""
         constants = self.constants(query.device)
         attend = self._choose(kernels.cache_attend, "query", query, query.shape[1])
-        out = attend(
+        if output is None:
+            output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        attend(
             query,
             *pages,
             lengths,
@@ -223,14 +226,15 @@ class KVQuantizer(nn.Module):
             scaling,
             softcap,
             window,
+            output,
         )
         if constants.value_signs is None:
-            return out
-        out = out.float() @ self.values.rotation(out.device).t()
+            return output
+        out = output.float() @ self.values.rotation(output.device).t()
         if constants.value_offset is not None:
             shared = query.shape[2] // constants.value_offset.shape[0]
             out = out + constants.value_offset.repeat_interleave(shared, 0)
-        return out.to(query.dtype)
+        return output.copy_(out)
 
     def read(
         self,
