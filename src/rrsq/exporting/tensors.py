@@ -19,7 +19,7 @@ from .schemes import LinearScheme
 
 __all__ = ["ExportedLinear", "export_linear", "pack_words", "planned_linear", "rounded"]
 
-# Of a scale, by rounding it: twice what bfloat16 does to a number. More is an underflow.
+# Of a scale, by rounding it: what bfloat16 does to a number at most. More is an underflow.
 _LARGEST_ERROR = 2.0**-8
 
 
