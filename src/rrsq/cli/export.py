@@ -116,11 +116,15 @@ def export(
 def _summary(report: ExportReport, output: Path) -> Table:
     table = Table(title=printable(str(output)), show_header=False, title_justify="left")
     for scheme, count in report.schemes.items():
-        table.add_row(f"{count} linears", scheme)
-    table.add_row("in 16 bits" if report.dtype != "float32" else "in float32", f"{report.kept} linears")
+        table.add_row(_linears(count), scheme)
+    table.add_row(_linears(report.kept), f"not quantized, {report.dtype}")
     table.add_row("size", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}")
-    table.add_row("dtype", report.dtype)
+    table.add_row("dtype of scales", report.dtype)
     table.add_row("largest error of a scale", f"{report.scale_error:.3%}")
     if report.dropped_cache:
         table.add_row("KV cache", "16 bits; the checkpoint's own is quantized")
     return table
+
+
+def _linears(count: int) -> str:
+    return f"{count} linear{'' if count == 1 else 's'}"
