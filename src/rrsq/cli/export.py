@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["EXAMPLES", "export"]
 
 EXAMPLES = examples(
-    "rrsq quantize MODEL -o rotated/ --recipe w4a16-rotated",
     "rrsq export rotated/ -o plain/",
     "rrsq export rotated/ -o plain/ --dtype float16 --max-shard-size 2GB",
 )
