@@ -1,6 +1,7 @@
 """Compare a checkpoint in vLLM with the same checkpoint in transformers, and with itself under load.
 
     python examples/serving_parity.py out/ --requests 200
+    python examples/serving_parity.py rotated/ --export plain/
 
 Three things, on one GPU, each engine in a process of its own:
 
@@ -9,6 +10,8 @@ Three things, on one GPU, each engine in a process of its own:
 - with --requests N: N requests of mixed lengths that arrive at random, many of which begin alike, with prefix
   caching and a KV cache small enough that requests are preempted. Each text is compared with that of the same
   request alone in an engine with room.
+
+With --export, vLLM runs what 'rrsq export' made of the checkpoint, and without rrsq's plugin.
 
 Two texts may part where the two best tokens are as likely: sums in another order, and with 4-bit activations
 a value that falls to another code, change logits a little. How much is measured: by how far the gap between
@@ -23,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -306,6 +310,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--bos", action="store_true", help="begin each window with the BOS token")
     parser.add_argument("--requests", type=int, default=0, help="requests under load; 0 leaves it out")
+    parser.add_argument("--export", help="folder that vLLM runs, without rrsq, in place of the checkpoint")
     parser.add_argument("--engine-options", default="{}", help="JSON, for vLLM's LLM")
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
@@ -319,8 +324,12 @@ def main() -> int:
         job.write_text(json.dumps(job_of(options)))
         results = {}
         for run in ("transformers", "vllm", "load") if options.requests else ("transformers", "vllm"):
-            words = [sys.executable, __file__, options.checkpoint, "--run", run, "--job", str(job)]
-            subprocess.run(words, check=True)
+            plain = options.export is not None and run != "transformers"
+            model = options.export if plain else options.checkpoint
+            words = [sys.executable, __file__, model, "--run", run, "--job", str(job)]
+            # An empty list of plugins: vLLM loads none.
+            environment = {**os.environ, "VLLM_PLUGINS": ""} if plain else None
+            subprocess.run(words, check=True, env=environment)
             results[run] = json.loads(job.with_suffix(f".{run}").read_text())
     ours, theirs = results["transformers"], results["vllm"]
     good = [report("vLLM against transformers", ours["texts"], theirs["texts"])]

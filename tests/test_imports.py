@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-ROOMS = ("quantizer", "diagnostics", "comparison", "evaluation", "benchmarking", "doctor", "work_folder")
+ROOMS = (
+    "quantizer",
+    "diagnostics",
+    "comparison",
+    "evaluation",
+    "benchmarking",
+    "exporting",
+    "doctor",
+    "work_folder",
+)
 WAYS = {
     "from_pretrained": "import rrsq\n"
     "from transformers import AutoModelForCausalLM\n"

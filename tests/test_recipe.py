@@ -13,6 +13,7 @@ from rrsq.recipe import INPUTS, Recipe, load_recipe, parse_recipe, recipe_names
 NAMED = {
     "rtn-w4a4",
     "gptq-w4a16",
+    "w4a16-rotated",
     "quarot-w4a4kv4",
     "rrs-paper-w4a4kv4",
     "rrs1-w4a8kv4",

@@ -1,7 +1,7 @@
 """rrsq: real INT4 weights, activations and KV cache for Hugging Face LLMs, with Rotated Runtime Smooth.
 
-``rrsq.quantize`` makes a checkpoint, ``rrsq.load`` loads it, ``rrsq.evaluate`` measures it, and
-``rrsq.KVCache`` is a cache for one's own loop (docs/python.md).
+``rrsq.quantize`` makes a checkpoint, ``rrsq.load`` loads it, ``rrsq.evaluate`` measures it, ``rrsq.export``
+writes it for other engines, and ``rrsq.KVCache`` is a cache for one's own loop (docs/python.md).
 ``import rrsq`` lets ``transformers.AutoModelForCausalLM.from_pretrained`` load rrsq checkpoints, and PEFT
 train LoRA adapters beside them; it imports none of torch, transformers and PEFT itself.
 """
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from .api import evaluate, quantize
+    from .api import evaluate, export, quantize
     from .runtime.kv_cache.cache import KVCache
 
-__all__ = ["KVCache", "__version__", "evaluate", "load", "quantize"]
+__all__ = ["KVCache", "__version__", "evaluate", "export", "load", "quantize"]
 __version__ = "0.1.0"
 
 register()
@@ -54,7 +54,7 @@ def __getattr__(name: str) -> Any:
         from .runtime.kv_cache.cache import KVCache
 
         return KVCache
-    if name not in ("evaluate", "quantize"):
+    if name not in ("evaluate", "export", "quantize"):
         raise AttributeError(f"module 'rrsq' has no attribute '{name}'")
     from . import api
 

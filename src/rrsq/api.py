@@ -1,4 +1,4 @@
-"""What the command line does, as functions: ``rrsq.quantize`` and ``rrsq.evaluate``.
+"""What the command line does, as functions: ``rrsq.quantize``, ``rrsq.evaluate`` and ``rrsq.export``.
 
 ``import rrsq`` does not import this module; it is looked up when one of its functions is.
 """
@@ -15,13 +15,14 @@ from .errors import UsageError
 if TYPE_CHECKING:
     from .evaluation.run import StepCallback as EvaluationStep
     from .evaluation.scores import EvaluationReport
+    from .exporting.produce import ExportReport, ExportStep
     from .quantizer.calibration.windows import BosChoice
     from .quantizer.outcome import QuantizationReport
     from .quantizer.production.produce import StepCallback as QuantizationStep
     from .quantizer.production.source import NoteCallback
     from .recipe import Recipe
 
-__all__ = ["choose_recipe", "evaluate", "quantize"]
+__all__ = ["choose_recipe", "evaluate", "export", "quantize"]
 
 _BOS = ("auto", "always", "never")
 
@@ -243,6 +244,58 @@ def evaluate(
         return EvaluationReport.of(evaluate_served(names, parsed, options, settings, on_step))
     return EvaluationReport.of(
         evaluate_models(names, parsed, options, device=where, dtype=dtype, on_step=on_step)
+    )
+
+
+def export(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    format: Literal["compressed-tensors"] = "compressed-tensors",
+    dtype: str = "auto",
+    drop_cache: bool = False,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    on_step: ExportStep = lambda done, total, text: None,
+) -> ExportReport:
+    """Write a checkpoint in a format that other engines read without rrsq, as ``rrsq export`` does.
+
+    The export appears whole or not at all.
+
+    Args:
+        checkpoint: folder of a checkpoint without rotations at run time and with 16- or 8-bit activations.
+        output: folder to write.
+        format: ``compressed-tensors``.
+        dtype: of the scales and of what is not quantized: ``auto`` (the checkpoint's), ``bfloat16``,
+            ``float16`` or ``float32``.
+        drop_cache: export a checkpoint with a quantized KV cache without it; else that is refused.
+        overwrite: replace ``output`` if it exists.
+        max_shard_size: of one safetensors file, such as ``5GB``.
+        on_step: told of progress; see :data:`rrsq.exporting.produce.ExportStep`.
+
+    Returns:
+        Sizes in bytes, the linears by how they are stored, and the largest relative error of a scale.
+
+    Raises:
+        UsageError: an argument is not what it must be, or other engines have no place for what the
+            checkpoint holds.
+        CheckpointError: the checkpoint is damaged.
+        StorageError: the disk is full, or the folder cannot be written.
+    """
+    from .exporting.produce import export_checkpoint
+
+    check_path("checkpoint", checkpoint)
+    check_path("output", output)
+    check_choice("format", format, ("compressed-tensors",))
+    check_choice("dtype", dtype, DTYPES)
+    return export_checkpoint(
+        Path(checkpoint),
+        Path(output),
+        dtype=dtype,
+        drop_cache=drop_cache,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        on_step=on_step,
     )
 
 

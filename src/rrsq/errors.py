@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "EngineError",
+    "ExportError",
     "HadamardOrderError",
     "HubError",
     "InterruptedRunError",
@@ -69,6 +70,10 @@ class DataError(UsageError):
 
 class CalibrationError(UsageError):
     """A calibration folder is damaged, of another model, or lacks what the recipe needs."""
+
+
+class ExportError(UsageError):
+    """A checkpoint holds what the other format, or who reads it, has no place for."""
 
 
 class NonFiniteError(RRSQError):

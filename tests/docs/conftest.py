@@ -69,6 +69,9 @@ def documented(
     with _one_thread():
         model = save_tiny_model(config, tiny_tokenizer, folder / "MODEL")
         checkpoint = save_tiny(quantize_tiny(model, recipe_of("rrs-w4a4kv4")), model, folder / "OUT")
+        # Its channels are too few for the groups that can be exported.
+        rotated = quantize_tiny(model, recipe_of("w4a16-rotated", ["weights.group_size=null"]))
+        save_tiny(rotated, model, folder / "rotated")
         calibrate_tiny(model, folder / "calib")
     (folder / "model").symlink_to(model)
     (folder / "out").symlink_to(checkpoint)

@@ -41,6 +41,7 @@ COMMANDS = {
     "calibrate": ("calibrate", "FULL", "-o", "made", "--calibration-data", "TEXT"),
     "compare": ("compare", "FULL", "--recipes", "rtn-w4a4", "--tasks", "text:TEXT", "-o", "made"),
     "push": ("push", "OUT"),
+    "export": ("export", "OUT", "-o", "made"),
 }
 OPTIONS = {
     "bench": ("--batch", "--context", "--loads", "--new-tokens", "--repeats", "-t"),
@@ -144,6 +145,14 @@ def wrong_combinations() -> Iterator[tuple[str, ...]]:
         (*COMMANDS["compare"], "--recipes", ","),
         (*COMMANDS["compare"], "--recipes", "none-such"),
         (*COMMANDS["push"], "org/name"),
+        COMMANDS["export"],  # By the default recipe.
+        *((*COMMANDS["export"], "--max-shard-size", size) for size in ("0", "-1", "", "5 apples")),
+        (*COMMANDS["export"], "--dtype", "int4"),
+        (*COMMANDS["export"], "--format", "gguf"),
+        *(
+            ("export", "OUT", "-o", folder, "--overwrite")
+            for folder in ("", " ", "OUT", "OUT/x", "TEXT", "\x00")
+        ),
     )
 
 
@@ -164,6 +173,7 @@ def wrong_places() -> Iterator[tuple[str, ...]]:
         yield (*WHOLE, "--device", "cpu", "--model", path)
         yield (*WHOLE, "--engine", "vllm", "--model", path)
         yield ("serve", path)
+        yield ("export", path, "-o", "made")
         if path not in ("FULL", "GPTQ"):  # Those vLLM serves itself.
             yield ("eval", path, "--engine", "vllm", "--tasks", "text:TEXT")
             yield ("generate", path, "the", "--engine", "vllm")

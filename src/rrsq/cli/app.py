@@ -26,6 +26,8 @@ from rrsq.cli.doctor import doctor
 from rrsq.cli.errors import ErrorReportingGroup
 from rrsq.cli.eval import EXAMPLES as EVAL_EXAMPLES
 from rrsq.cli.eval import evaluate
+from rrsq.cli.export import EXAMPLES as EXPORT_EXAMPLES
+from rrsq.cli.export import export
 from rrsq.cli.generate import EXAMPLES as GENERATE_EXAMPLES
 from rrsq.cli.generate import generate
 from rrsq.cli.inspect import EXAMPLES as INSPECT_EXAMPLES
@@ -79,6 +81,7 @@ _add("eval", evaluate, EVAL_EXAMPLES, MEASURE)
 _add("compare", compare, COMPARE_EXAMPLES, MEASURE)
 _add("bench", bench, BENCH_EXAMPLES, MEASURE)
 _add("generate", generate, GENERATE_EXAMPLES, LOOK)
+_add("export", export, EXPORT_EXAMPLES, LOOK)
 _add("push", push, PUSH_EXAMPLES, LOOK)
 _add("serve", serve, SERVE_EXAMPLES, LOOK)
 _add("inspect", inspect_checkpoint, INSPECT_EXAMPLES, LOOK)

@@ -22,7 +22,7 @@ from .format import CheckpointInfo
 from .json_files import check_sizes, numbers
 from .shards import DTYPES, merge_headers, read_shards
 
-__all__ = ["check_description", "check_layers", "check_shards", "check_values"]
+__all__ = ["check_description", "check_layers", "check_shards", "check_value", "check_values"]
 
 _MODEL_DTYPES = ("float32", "float16", "bfloat16", "float64", "None")
 _KEY_BITS = (4, 8)
@@ -160,15 +160,20 @@ def check_values(model: nn.Module) -> None:
             ±15, a channel order is no permutation, or a sign is not ±1.
     """
     for name, tensor in model.state_dict().items():
-        if tensor.is_meta or not tensor.numel():
-            continue
-        leaf = name.rsplit(".", 1)[-1]
-        holds, what = _RULES.get(leaf, (_finite, "NaN or Inf"))
-        if not bool(holds(tensor)):
-            raise CheckpointError(
-                f"Tensor '{name}' of the checkpoint holds {what}. Copy the checkpoint again, or quantize the"
-                " model again."
-            )
+        check_value(name, tensor)
+
+
+def check_value(name: str, tensor: Tensor) -> None:
+    """The same of one tensor, by its name in the checkpoint."""
+    if tensor.is_meta or not tensor.numel():
+        return
+    leaf = name.rsplit(".", 1)[-1]
+    holds, what = _RULES.get(leaf, (_finite, "NaN or Inf"))
+    if not bool(holds(tensor)):
+        raise CheckpointError(
+            f"Tensor '{name}' of the checkpoint holds {what}. Copy the checkpoint again, or quantize the"
+            " model again."
+        )
 
 
 def _finite(tensor: Tensor) -> Any:
