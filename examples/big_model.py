@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 from rrsq.models.llama import LLAMA
 from rrsq.quantizer.calibration.windows import data_fingerprint
 from rrsq.quantizer.calibration.workers import joined_workers
-from rrsq.quantizer.production.produce import Calibration, OutputOptions, produce_checkpoint
+from rrsq.quantizer.production.produce import Calibration, OutputOptions, SourceModel, produce_checkpoint
 from rrsq.quantizer.production.source import empty_model
 from rrsq.quantizer.projection import projected_memory
 from rrsq.recipe import load_recipe
@@ -129,10 +129,9 @@ def quantize(source: Path, out: Path, options: argparse.Namespace) -> None:
     start = time.perf_counter()
     with joined_workers(torch.device(device)) as workers:
         produced = produce_checkpoint(
-            str(source),
+            SourceModel(str(source), NoTokenizer()),  # type: ignore[arg-type]
             recipe,
             OutputOptions(out, offload=options.offload_dir),
-            NoTokenizer(),  # type: ignore[arg-type]
             Calibration(windows, info),
             device=device,
             workers=workers,

@@ -27,7 +27,7 @@ def produce(model: Path, out: Path, *, recipe: str = "rrs-w4a4kv4", windows: int
 
 def _produce(model: Path, out: Path, recipe: str, windows: int, workers: Any, options: dict[str, Any]) -> Any:
     from rrsq.quantizer.calibration.windows import data_fingerprint
-    from rrsq.quantizer.production.produce import Calibration, OutputOptions, produce_checkpoint
+    from rrsq.quantizer.production.produce import Calibration, OutputOptions, SourceModel, produce_checkpoint
     from rrsq.recipe import load_recipe
     from rrsq.runtime.format.format import CalibrationInfo
     from rrsq.runtime.format.loading import load_tokenizer
@@ -40,10 +40,9 @@ def _produce(model: Path, out: Path, recipe: str, windows: int, workers: Any, op
     seed = options.pop("seed", 0)
     begun(out).touch()
     return produce_checkpoint(
-        str(model),
+        SourceModel(str(model), tokenizer),
         load_recipe(recipe, ()),
         OutputOptions(out, max_shard_size="60KB", **options),
-        tokenizer,
         Calibration(tokens, info),
         seed=seed,
         workers=workers,

@@ -95,6 +95,7 @@ def quantize(
     from .quantizer.production.produce import (
         CalibrationText,
         OutputOptions,
+        SourceModel,
         check_source,
         load_calibration,
         open_calibration,
@@ -130,14 +131,12 @@ def quantize(
             text = CalibrationText(str(calibration_data), num_samples, sequence_length, seed, bos)
             learned = load_calibration(tokenizer, family, text, root)
         return produce_checkpoint(
-            model,
+            SourceModel(model, tokenizer, root),
             chosen,
             to,
-            tokenizer,
             learned,
             seed=seed,
             device=where,
-            data_root=root,
             workers=workers,
             on_step=on_step,
             on_note=on_note if workers.rank == 0 else lambda note: None,

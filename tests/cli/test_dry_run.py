@@ -12,7 +12,7 @@ from cli_failures import failure
 from rrsq.api import choose_recipe
 from rrsq.cli.app import app
 from rrsq.quantizer.forecast import forecast
-from rrsq.quantizer.production.produce import OutputOptions, produce_checkpoint
+from rrsq.quantizer.production.produce import OutputOptions, SourceModel, produce_checkpoint
 from rrsq.runtime.format.describe import checkpoint_contents, stored_bits
 from rrsq.runtime.format.loading import load_tokenizer
 
@@ -27,7 +27,7 @@ def test_the_forecast_is_what_comes_out(fixture: str, request: pytest.FixtureReq
     recipe = choose_recipe("rtn-w4a4", ["head.bits=8"], ["*.o_proj", "*.layers.1.mlp.*"])
     found = forecast(model, recipe, num_samples=4, sequence_length=32)
     output = OutputOptions(tmp_path / "out")
-    made = produce_checkpoint(model, recipe, output, load_tokenizer(model), None)
+    made = produce_checkpoint(SourceModel(model, load_tokenizer(model)), recipe, output, None)
     assert found.contents == checkpoint_contents(tmp_path / "out")
     assert (found.bytes_before, found.bytes_after) == (made.report.bytes_before, made.report.bytes_after)
     assert found.info.rotation == made.info.rotation

@@ -137,7 +137,7 @@ def test_weights_are_quantized_once_and_a_further_cache_only_measures(
     steps: list[str] = []
     produce, run = steps_module.produce_checkpoint, steps_module.run_tasks
 
-    def produced(model: str, recipe: Any, *rest: Any, **options: Any) -> Any:
+    def produced(model: Any, recipe: Any, *rest: Any, **options: Any) -> Any:
         steps.append(f"quantize {recipe.name}")
         return produce(model, recipe, *rest, **options)
 

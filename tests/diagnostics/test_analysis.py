@@ -126,7 +126,7 @@ def test_errors_are_those_of_the_quantized_modules(
         return
     weights = recipe.weights.model_copy(update={"method": "rtn"})
     nearest = recipe.model_copy(update={"weights": weights, "kv_cache": None})
-    quantized: Any = quantize_model(load_tiny(tiny_llama_dir), nearest, None, stored=stored).model
+    quantized: Any = quantize_model(load_tiny(tiny_llama_dir), nearest, stored).model
     exact = calls_of(rotated_model(tiny_llama_dir, recipe))
     for index in range(3):
         layer = quantized.model.layers[index]

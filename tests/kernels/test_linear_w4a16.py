@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rrsq import kernels
-from rrsq.kernels.float_gemm import float_gemm
+from rrsq.kernels.float_gemm import prepared_float_gemm
 from rrsq.kernels.plans import FusedPlan
 
 from .problems import (
@@ -124,7 +124,7 @@ def test_every_plan_writes_everything_and_repeats_itself(plan, in_features, devi
     results = []
     for _ in range(2):
         out = torch.full((20, 70), float("nan"), device=device)
-        float_gemm(plan, x, packed, scale, multiplier, bias, out)
+        prepared_float_gemm(plan, packed, scale, multiplier, bias, x.shape[:-1])(x, out)
         results.append(out)
     assert relative_error(results[0], expected) < 1e-5
     assert torch.equal(*results)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rrsq import kernels
 from rrsq.errors import KernelUnavailableError
 from rrsq.kernels import operation as module
 from rrsq.kernels.operation import Constraints, Target, operation, operations, use_kernels
@@ -332,3 +333,25 @@ def test_a_kernel_without_triton_says_so():
     for function in (kernel, another):
         with pytest.raises(ModuleNotFoundError, match="needs triton"):
             function[(1,)]()
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("leading", [(1, 1), (2, 3), (5, 13)], ids=str)
+def test_prepared_rows_keep_their_leading_dimensions(backend, leading, device):
+    """Of one token, of a few (prepared for their shape) and of many (for any number)."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(*leading, 64, generator=generator).to(device)
+    packed = torch.randint(0, 256, (24, 32), generator=generator, dtype=torch.uint8).to(device)
+    multiplier = torch.randint(1, 16, (24, 2), generator=generator, dtype=torch.uint8).to(device)
+    scale = torch.rand(24, generator=generator).to(device)
+    with kernels.use_kernels(backend):
+        operand, scales = kernels.quantize_signed.prepare(x, 4, 16, 16)(x)
+        weight = packed, scale, multiplier, None, torch.float32, None
+        y = kernels.linear_int8.prepare(operand, scales, *weight)(operand, scales)
+        expected, expected_scales = kernels.quantize_signed(x.flatten(0, 1), 4, 16, 16)
+        product = kernels.linear_int8(expected, expected_scales, *weight)
+    assert (operand.shape, scales.shape, y.shape) == (x.shape, (x[..., 0].numel(),), (*leading, 24))
+    assert torch.equal(operand.flatten(0, 1), expected)
+    assert torch.equal(y.flatten(0, 1), product)

@@ -13,7 +13,7 @@ import rrsq
 from rrsq.evaluation.perplexity import perplexity
 from rrsq.quantizer.calibration.windows import data_fingerprint
 from rrsq.quantizer.pipeline import needs_calibration, quantize_model
-from rrsq.quantizer.production.produce import Calibration, OutputOptions, produce_checkpoint
+from rrsq.quantizer.production.produce import Calibration, OutputOptions, SourceModel, produce_checkpoint
 from rrsq.recipe import recipe_names
 from rrsq.runtime.format.format import CalibrationInfo
 from rrsq.runtime.format.loading import load_tokenizer
@@ -62,8 +62,8 @@ def produce(source: Path, recipe: Recipe, out: Path) -> QuantizationReport:
         calibration = Calibration(WINDOWS, info)
     notes: list[str] = []
     options = OutputOptions(out, max_shard_size="40KB")
-    tokenizer = load_tokenizer(str(source))
-    produced = produce_checkpoint(str(source), recipe, options, tokenizer, calibration, on_note=notes.append)
+    model = SourceModel(str(source), load_tokenizer(str(source)))
+    produced = produce_checkpoint(model, recipe, options, calibration, on_note=notes.append)
     assert not any("loaded as a whole" in note for note in notes)
     return produced.report
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import rrsq
 from rrsq.models.gemma3 import GEMMA3
 from rrsq.quantizer.fold.rotations import rotate_model
-from rrsq.quantizer.production.produce import OutputOptions, produce_checkpoint
+from rrsq.quantizer.production.produce import OutputOptions, SourceModel, produce_checkpoint
 from rrsq.recipe import Rotation
 from rrsq.runtime.format.loading import load_tokenizer
 from rrsq.runtime.modules.linear import QuantizedLinear
@@ -44,7 +44,10 @@ def source(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def quantized(source: Path, out: Path, recipe: str, settings: list[str]) -> Any:
     produce_checkpoint(
-        str(source), recipe_of(recipe, settings), OutputOptions(out), load_tokenizer(str(source)), None
+        SourceModel(str(source), load_tokenizer(str(source))),
+        recipe_of(recipe, settings),
+        OutputOptions(out),
+        None,
     )
     return rrsq.load(str(out), device="cpu")
 

@@ -308,3 +308,30 @@ def test_a_pending_norm_does_not_keep_itself() -> None:
     gone = weakref.ref(deferred)
     del deferred, total
     assert gone() is None
+
+
+def test_what_else_an_attention_calls_may_be_replaced(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name in its module, after calls: as libraries do that patch transformers."""
+    as_on_a_gpu(monkeypatch)
+    attention = llama.model.layers[0].self_attn
+    own, asked = type(attention).forward.__globals__, []
+    expected = settled(llama)
+    functions = own["ALL_ATTENTION_FUNCTIONS"]
+
+    class Noting:
+        def __getattr__(self, name: str) -> Any:
+            asked.append(name)
+            return getattr(functions, name)
+
+    monkeypatch.setitem(own, "ALL_ATTENTION_FUNCTIONS", Noting())
+    assert torch.equal(settled(llama), expected)
+    assert asked
+
+
+def test_an_attention_copies_no_globals_at_its_calls(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_gpu(monkeypatch)
+    settled(llama)
+    made: list[Any] = []
+    monkeypatch.setattr(fusion, "_Twin", lambda *args: made.append(args))
+    settled(llama)
+    assert not made

@@ -30,6 +30,7 @@ from rrsq.quantizer.needs import needs_calibration
 from rrsq.quantizer.production.produce import (
     Calibration,
     OutputOptions,
+    SourceModel,
     check_source,
     load_calibration,
     produce_checkpoint,
@@ -240,14 +241,12 @@ class _Run:
             self.listener.note(f"{name}: quantized again; changed: {names}")
         target.folder.mkdir(parents=True, exist_ok=True)
         produced = produce_checkpoint(
-            source.path,
+            SourceModel(source.path, tokenizer, self.plan.options.data_root),
             recipe,
             OutputOptions(target.checkpoint, overwrite=True),
-            tokenizer,
             calibration if needs_calibration(recipe) else None,
             seed=self.plan.seed,
             device=self.plan.device,
-            data_root=self.plan.options.data_root,
             on_step=lambda *call: self.listener.quantizing(name, *call),
         )
         report = {**produced.report.to_dict(), "fallbacks": produced.report.fallbacks}

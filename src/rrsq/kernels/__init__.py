@@ -7,8 +7,7 @@ an operation is defined and how its kernel is chosen. Importing this package doe
 from .cache import CachePages, decode_cache, encode_cache
 from .cache_append import cache_append
 from .cache_attend import cache_attend
-from .cache_gather import cache_gather
-from .cache_read import cache_read
+from .cache_read import cache_gather, cache_read
 from .gated_quantize import gated_quantize
 from .gptq_block import gptq_block
 from .grouped_linear import Routing, grouped_linear, route_rows

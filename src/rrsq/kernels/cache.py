@@ -27,7 +27,6 @@ __all__ = [
     "chunk_size",
     "decode_cache",
     "dequantized_chunk",
-    "dequantized_halves",
     "encode_cache",
     "offset_keys",
     "page_shapes",
@@ -194,127 +193,6 @@ def offset_keys(offset: Tensor, positions: Tensor, frequencies: Tensor | None, s
 
 
 @triton.jit
-def _dequantized(
-    number,
-    scale_pointer,
-    minimum_pointer,
-    rows,
-    valid,
-    first,
-    BITS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-    PADDED: tl.constexpr,
-    MINIMUM: tl.constexpr,
-):
-    """Codes of one half of the channels, float16 ``[ROWS, PADDED]``, times their scales, and their minima.
-
-    ``first``: the half's first channel.
-    """
-    if not MINIMUM:
-        number = number - 2.0 ** (BITS - 1)
-    if GROUPS == 1:
-        scale = tl.load(scale_pointer + rows, mask=valid, other=0.0)
-        number = number * scale[:, None]
-        if MINIMUM:
-            number = number + tl.load(minimum_pointer + rows, mask=valid, other=0.0)[:, None]
-    elif HALF == PADDED and HALF % GROUP == 0:
-        group = first // GROUP + tl.arange(0, PADDED // GROUP)
-        place = rows[:, None] + group[None, :]
-        number = number.reshape(ROWS, PADDED // GROUP, GROUP)
-        scale = tl.load(scale_pointer + place, mask=valid[:, None], other=0.0)
-        number = number * scale[:, :, None]
-        if MINIMUM:
-            minimum = tl.load(minimum_pointer + place, mask=valid[:, None], other=0.0)
-            number = number + minimum[:, :, None]
-        number = number.reshape(ROWS, PADDED)
-    else:
-        channel = tl.arange(0, PADDED)
-        place = rows[:, None] + ((first + channel) // GROUP)[None, :]
-        inside = valid[:, None] & (channel < HALF)[None, :]
-        number = number * tl.load(scale_pointer + place, mask=inside, other=0.0)
-        if MINIMUM:
-            number = number + tl.load(minimum_pointer + place, mask=inside, other=0.0)
-    return number
-
-
-@triton.jit
-def _nibbles(pair):
-    """The low and the high nibbles of bytes as float16.
-
-    On a GPU four bytes at a time: a nibble in the mantissa of 1024, less 1024; conversions of single integers
-    would take most of the time of decoding.
-    """
-    if _COMPILED:
-        low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 l, h, b;
-            mov.b32 b, 0x64006400;
-            and.b32 l, $4, 0x0F0F0F0F;
-            shr.u32 h, $4, 4;
-            and.b32 h, h, 0x0F0F0F0F;
-            prmt.b32 $0, l, 0x64646464, 0x5150;
-            prmt.b32 $1, l, 0x64646464, 0x5352;
-            prmt.b32 $2, h, 0x64646464, 0x5150;
-            prmt.b32 $3, h, 0x64646464, 0x5352;
-            sub.f16x2 $0, $0, b;
-            sub.f16x2 $1, $1, b;
-            sub.f16x2 $2, $2, b;
-            sub.f16x2 $3, $3, b;
-            }""",
-            "=&r,=&r,=&r,=&r,r",
-            [pair],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
-        return low, high
-    return (pair & 0xF).to(tl.float16), (pair >> 4).to(tl.float16)
-
-
-@triton.jit
-def dequantized_halves(
-    codes_pointer,
-    scale_pointer,
-    minimum_pointer,
-    code_rows,
-    scale_rows,
-    valid,
-    BITS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-    PADDED: tl.constexpr,
-    MINIMUM: tl.constexpr,
-):
-    """Lower and upper half of the channels of ``ROWS`` cached tokens, float16 ``[ROWS, PADDED]`` each.
-
-    ``code_rows``, ``scale_rows``: where each token's codes and scales begin. What is not ``valid`` and what
-    lies beyond ``HALF`` channels is finite (zero codes, zero scale).
-    """
-    channel = tl.arange(0, PADDED)
-    inside = valid[:, None] & (channel < HALF)[None, :]
-    place = code_rows[:, None] + channel[None, :]
-    if BITS == 4:
-        low, high = _nibbles(tl.load(codes_pointer + place, mask=inside, other=0))
-    else:
-        low = tl.load(codes_pointer + place, mask=inside, other=0).to(tl.float16)
-        high = tl.load(codes_pointer + place + HALF, mask=inside, other=0).to(tl.float16)
-    first = _dequantized(
-        low, scale_pointer, minimum_pointer, scale_rows, valid, 0,
-        BITS, GROUPS, GROUP, HALF, ROWS, PADDED, MINIMUM,
-    )  # fmt: skip
-    second = _dequantized(
-        high, scale_pointer, minimum_pointer, scale_rows, valid, HALF,
-        BITS, GROUPS, GROUP, HALF, ROWS, PADDED, MINIMUM,
-    )  # fmt: skip
-    return first, second
-
-
-@triton.jit
 def _numbers(codes, BITS: tl.constexpr, SIGNED: tl.constexpr):
     """The numbers that bytes stand for, float16: the low and the high nibbles', or of 8 bits twice the same.
 
@@ -353,10 +231,20 @@ def _scaled(
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
     ONE: tl.constexpr,
+    WHOLE: tl.constexpr,
     MINIMUM: tl.constexpr,
 ):
-    """Numbers of ``CHUNK`` channels from ``first`` on, by their scales (``ONE`` or more) and minima."""
-    if ONE:
+    """Numbers of ``CHUNK`` channels from ``first`` on, by their scales and minima.
+
+    ``ONE``: they have one. ``WHOLE``: of several groups all channels.
+    """
+    if WHOLE:
+        place = rows[:, None] + (first // GROUP + tl.arange(0, CHUNK // GROUP))[None, :]
+        scale = tl.load(scale_pointer + place, mask=valid[:, None], other=0.0)[:, :, None]
+        if MINIMUM:
+            minimum = tl.load(minimum_pointer + place, mask=valid[:, None], other=0.0)[:, :, None]
+        number = number.reshape(valid.shape[0], CHUNK // GROUP, GROUP)
+    elif ONE:
         place = rows + first // GROUP
         scale = tl.load(scale_pointer + place, mask=valid, other=0.0)[:, None]
         if MINIMUM:
@@ -369,6 +257,8 @@ def _scaled(
     number = number * scale
     if MINIMUM:
         number = number + minimum
+    if WHOLE:
+        number = number.reshape(valid.shape[0], CHUNK)
     return number
 
 
@@ -393,7 +283,7 @@ def dequantized_chunk(
         codes_pointer, scale_pointer, minimum_pointer: of :class:`CachePages`.
         code_rows, scale_rows: where each token's codes and scales begin.
         valid: the tokens that there are.
-        chunk: of ``CHUNK`` channels; :func:`chunk_size`.
+        chunk: of ``CHUNK`` channels, a power of two: :func:`chunk_size`, or all.
 
     Returns:
         Two of float16 ``[tokens, CHUNK]``. What is not ``valid`` and what lies beyond ``HALF`` channels is
@@ -402,6 +292,7 @@ def dequantized_chunk(
     first: tl.constexpr = chunk * CHUNK
     # Loads of whole rows are wide ones; a mask of channels would stand in the way.
     ONE: tl.constexpr = HALF % CHUNK == 0 and GROUP % CHUNK == 0
+    WHOLE: tl.constexpr = HALF % CHUNK == 0 and CHUNK % GROUP == 0 and CHUNK > GROUP
     channel = first + tl.arange(0, CHUNK)
     inside = valid[:, None] & (channel < HALF)[None, :]
     place = code_rows[:, None] + channel[None, :]
@@ -413,7 +304,18 @@ def dequantized_chunk(
         low, _ = _numbers(tl.load(codes_pointer + place, mask=inside, other=0), BITS, not MINIMUM)
         high, _ = _numbers(tl.load(codes_pointer + place + HALF, mask=inside, other=0), BITS, not MINIMUM)
     low = _scaled(
-        low, scale_pointer, minimum_pointer, scale_rows, valid, first, inside, GROUP, CHUNK, ONE, MINIMUM
+        low,
+        scale_pointer,
+        minimum_pointer,
+        scale_rows,
+        valid,
+        first,
+        inside,
+        GROUP,
+        CHUNK,
+        ONE,
+        WHOLE,
+        MINIMUM,
     )
     high = _scaled(
         high,
@@ -426,6 +328,7 @@ def dequantized_chunk(
         GROUP,
         CHUNK,
         ONE,
+        WHOLE,
         MINIMUM,
     )
     return low, high

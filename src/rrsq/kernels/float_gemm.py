@@ -8,15 +8,18 @@ Products of more tokens are bound by arithmetic: there a pass that dequantizes t
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ._triton import COMPILED, ceil_div, next_power_of_two, tl, triton
-from .packed_gemm import add_parts, read_step, split_sums
+from .packed_gemm import Tiles, add_parts, read_step
 from .packing import float_bytes, float_nibbles, group_size_of, pack_block
 from .plans import FusedPlan
 
-__all__ = ["MAXIMUM_TOKENS", "float_gemm", "float_gemm_plan"]
+__all__ = ["MAXIMUM_TOKENS", "float_gemm_plan", "prepared_float_gemm"]
 
 MAXIMUM_TOKENS = 64
 """Tokens up to which this product is taken."""
@@ -162,57 +165,72 @@ def _float_gemm_kernel(
         tl.store(out_pointer + offset, y.to(out_pointer.dtype.element_ty), mask=mask)
 
 
-def float_gemm(
+def prepared_float_gemm(
     plan: FusedPlan,
-    x: Tensor,
     codes: Tensor,
     weight_scale: Tensor,
     multiplier: Tensor | None,
     bias: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Compute ``out`` ``[tokens, out_features]``, ``y_tn = w_n Σ_k x_tk weight_nk + b_n``.
+    leading: tuple[int, ...],
+) -> Callable[..., Tensor]:
+    """For one weight, a function of ``x`` (and ``out``, if it is there) to ``out``.
+
+    ``y_tn = w_n Σ_k x_tk weight_nk + b_n`` of ``x`` ``[*leading, in]`` in float16 or bfloat16; ``out`` is
+    ``[*leading, out_features]``, by default in the dtype of ``x``.
 
     Args:
         plan: tile sizes; of packed codes ``block_bytes`` is a multiple of half a packing block.
-        x: float16 or bfloat16 ``[tokens, in]``, contiguous.
         codes: packed uint8 ``[out, in/2]``, of rows that :func:`.supports_words`; or int8 ``[out, in]`` with
             ``in`` a multiple of 16.
         weight_scale: float32 ``[out]``.
         multiplier: uint8 ``[out, in/group]`` of packed codes, or None.
         bias: ``[out]`` or None.
-        out: of any floating dtype.
+        leading: sizes of tokens, one or more.
     """
-    tokens, in_features = x.shape
-    out_features, row_bytes = codes.shape
+    (out_features, row_bytes), device, tokens = codes.shape, codes.device, math.prod(leading)
     bits = 8 if codes.dtype == torch.int8 else 4
-    tiles_token, tiles_out = ceil_div(tokens, plan.block_tokens), ceil_div(out_features, plan.block_out)
-    tiles = tiles_token * tiles_out
-    split, partial, meeting = split_sums(plan, tiles, row_bytes, torch.float32, weight_scale)
-    _float_gemm_kernel[(tiles_token, tiles_out, split)](
-        x,
-        codes,
+    in_features, shape = row_bytes * 8 // bits, (*leading, out_features)
+    tiles = Tiles.of(plan, tokens, out_features, row_bytes)
+    kernel, split = _float_gemm_kernel[tiles.grid], tiles.grid[2]
+    multipliers, group_size = (
         codes if multiplier is None else multiplier,
-        weight_scale,
-        weight_scale if bias is None else bias,
-        out,
-        partial,
-        meeting,
-        tokens,
-        out_features,
-        in_features,
-        BITS=bits,
-        HALF=pack_block(in_features) // 2 if bits == 4 else 0,
-        GROUP=group_size_of(in_features, multiplier),
-        HAS_BIAS=bias is not None,
-        BLOCK_TOKENS=plan.block_tokens,
-        BLOCK_OUT=plan.block_out,
-        BLOCK_BYTES=plan.block_bytes,
-        SPLIT=split,
-        STAGES=plan.stages,
-        EVEN=row_bytes % plan.block_bytes == 0,
-        PTX=COMPILED,
-        enable_fp_fusion=True,
-        num_warps=plan.warps,
-        num_stages=plan.stages,
+        group_size_of(in_features, multiplier),
     )
+    biases, has_bias = (weight_scale, False) if bias is None else (bias, True)
+    half = pack_block(in_features) // 2 if bits == 4 else 0
+    even = row_bytes % plan.block_bytes == 0
+
+    def run(x: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = torch.empty(*shape, dtype=x.dtype, device=device)
+        partial, meeting = tiles.room(torch.float32, weight_scale)
+        kernel(
+            x.contiguous(),
+            codes,
+            multipliers,
+            weight_scale,
+            biases,
+            out,
+            partial,
+            meeting,
+            tokens,
+            out_features,
+            in_features,
+            BITS=bits,
+            HALF=half,
+            GROUP=group_size,
+            HAS_BIAS=has_bias,
+            BLOCK_TOKENS=plan.block_tokens,
+            BLOCK_OUT=plan.block_out,
+            BLOCK_BYTES=plan.block_bytes,
+            SPLIT=split,
+            STAGES=plan.stages,
+            EVEN=even,
+            PTX=COMPILED,
+            enable_fp_fusion=True,
+            num_warps=plan.warps,
+            num_stages=plan.stages,
+        )
+        return out
+
+    return run

@@ -57,6 +57,7 @@ def _sizes(
     sizes=_sizes,
     dtypes=("gate_up",),
     typical={"gate_up": torch.bfloat16, "channels": 14336, "hadamard_block": 16, "group_size": 16},
+    rows=True,
 )
 def gated_quantize(
     gate_up: Tensor, activation: str, bits: int, group_size: int | None, block: int
@@ -144,7 +145,7 @@ def _kernel(
         parts = parts + (rotated_units(y, UNIT, BLOCK),)
     store_quantized(
         parts,
-        operand_pointer + start // 4,
+        operand_pointer + start,
         scale_pointer + token,
         unit,
         units,
@@ -171,10 +172,10 @@ def _prepare(
     gate_up: Tensor, activation: str, bits: int, group_size: int | None, block: int
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """See :meth:`~rrsq.kernels.operation.Operation.prepare`."""
-    (tokens, columns), device = gate_up.shape, gate_up.device
+    columns, device = gate_up.shape[-1], gate_up.device
     channels = columns // 2
     unit = unit_of(channels, group_size, block)
-    cut = _cut(tokens, channels, unit)
+    cut = _cut(gate_up.numel() // columns, channels, unit)
     units, parts, warps = cut.units, cut.parts, cut.warps
     scale_factor = 1.0 / (code_max(bits) if group_size is None else 7 * SIGNED_MAX)
     normalization, group = 1.0 / math.sqrt(block), group_size or 0
@@ -182,13 +183,13 @@ def _prepare(
 
     def run(gate_up: Tensor) -> tuple[Tensor, Tensor]:
         gate_up = gate_up.contiguous()
-        tokens = gate_up.shape[0]
-        words = torch.empty((tokens, channels // 4), dtype=torch.int32, device=device)
+        tokens = gate_up.numel() // columns
+        operand = torch.empty(*gate_up.shape[:-1], channels, dtype=torch.int8, device=device)
         scale = torch.empty(tokens, dtype=torch.float32, device=device)
         if tokens:
             _kernel[(tokens,)](
                 gate_up,
-                words,
+                operand,
                 scale,
                 channels,
                 scale_factor,
@@ -204,7 +205,7 @@ def _prepare(
                 enable_fp_fusion=False,
                 num_warps=warps,
             )
-        return words.view(torch.int8), scale
+        return operand, scale
 
     return run
 

@@ -169,10 +169,10 @@ def _gemv_kernel(
     CHUNK_WORDS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Four output channels of the one token; see :func:`multiply_rows`."""
+    """Four output channels of the one token, int8 ``operand_pointer``; see :func:`multiply_rows`."""
     first = tl.program_id(0) * 4
     y = multiply_rows(
-        operand_pointer,
+        operand_pointer.to(tl.pointer_type(tl.int32), bitcast=True),
         packed_pointer,
         multiplier_pointer,
         first,
@@ -199,10 +199,11 @@ def prepared_gemv(
     multiplier: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    leading: tuple[int, ...],
 ) -> Callable[..., Tensor]:
     """For one weight, a function of ``operand`` and ``scale`` (and ``out``, if it is there) to ``out``.
 
-    ``out`` ``[1, out_features]`` is that of :func:`rrsq.kernels.linear_int8`.
+    ``out`` ``[*leading, out_features]`` is that of :func:`rrsq.kernels.linear_int8`, of one token.
     """
     out_features, in_features = packed.shape[0], 2 * packed.shape[1]
     group_size = group_size_of(in_features, multiplier)
@@ -210,13 +211,13 @@ def prepared_gemv(
     words, device = packed.view(torch.int32), packed.device
     multipliers = packed if multiplier is None else multiplier
     biases, has_bias = (weight_scale, False) if bias is None else (bias, True)
-    half, of_chunk = pack_block(in_features) // 2, chunk_words(group_size)
+    shape, half, of_chunk = (*leading, out_features), pack_block(in_features) // 2, chunk_words(group_size)
 
     def run(operand: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:
-            out = torch.empty((1, out_features), dtype=out_dtype, device=device)
+            out = torch.empty(*shape, dtype=out_dtype, device=device)
         kernel(
-            operand.view(torch.int32),
+            operand,
             scale,
             words,
             multipliers,

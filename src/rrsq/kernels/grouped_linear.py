@@ -26,7 +26,7 @@ from .linear_group_scaled import linear_group_scaled
 from .linear_int8 import FLOATING, linear_int8
 from .linear_w4a16 import linear_w4a16
 from .operation import Constraints, operation
-from .packed_gemm import add_parts, multiply_packed, read_step, split_sums, unpack_step
+from .packed_gemm import Tiles, add_parts, multiply_packed, read_step, unpack_step
 from .packing import chunk_words, float_codes, pack_block, weight_sizes
 from .plans import FusedPlan, GemvPlan
 
@@ -654,8 +654,9 @@ def launch_integer(
         return
     blocks = routing.blocks.shape[0]
     tiles_out = ceil_div(out_features, plan.block_out)
-    split, partial, meeting = split_sums(plan, blocks * tiles_out, packed.shape[2], torch.int32, scale)
-    _grouped_gemm_kernel[(blocks, tiles_out, split)](
+    tiles = Tiles.of_blocks(plan, blocks, tiles_out, packed.shape[2])
+    partial, meeting = tiles.room(torch.int32, scale)
+    _grouped_gemm_kernel[tiles.grid](
         operand,
         scale,
         routing.order,
@@ -678,7 +679,7 @@ def launch_integer(
         BLOCK_ROWS=plan.block_tokens,
         BLOCK_OUT=plan.block_out,
         BLOCK_BYTES=plan.block_bytes,
-        SPLIT=split,
+        SPLIT=tiles.grid[2],
         STAGES=plan.stages,
         EVEN=packed.shape[2] % plan.block_bytes == 0,
         PTX=COMPILED,
@@ -707,8 +708,9 @@ def launch_float(
     is_sorted = routing.block_rows > 1
     blocks = routing.blocks.shape[0] if is_sorted else out.shape[0]
     tiles_out = ceil_div(out_features, plan.block_out)
-    split, partial, meeting = split_sums(plan, blocks * tiles_out, row_bytes, torch.float32, weight_scale)
-    _grouped_float_kernel[(blocks, tiles_out, split)](
+    tiles = Tiles.of_blocks(plan, blocks, tiles_out, row_bytes)
+    partial, meeting = tiles.room(torch.float32, weight_scale)
+    _grouped_float_kernel[tiles.grid](
         operand,
         operand if scale is None else scale,
         operand if group_scale is None else group_scale.contiguous(),
@@ -736,7 +738,7 @@ def launch_float(
         BLOCK_ROWS=plan.block_tokens,
         BLOCK_OUT=plan.block_out,
         BLOCK_BYTES=plan.block_bytes,
-        SPLIT=split,
+        SPLIT=tiles.grid[2],
         STAGES=plan.stages,
         EVEN=row_bytes % plan.block_bytes == 0,
         PTX=COMPILED,

@@ -50,6 +50,7 @@ def _sizes(
     sizes=_sizes,
     dtypes=("out_dtype",),
     activations=3,
+    rows=True,
     typical={
         "out_dtype": torch.bfloat16,
         "in_features": 4096,
@@ -184,7 +185,8 @@ def _prepare(
     unpacked: Tensor | None,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """See :meth:`~rrsq.kernels.operation.Operation.prepare`."""
-    (tokens, in_features), device = codes.shape, codes.device
+    in_features, device = codes.shape[-1], codes.device
+    tokens = codes.numel() // in_features
     out_features, group_size = weight_packed.shape[0], in_features // group_scale.shape[1]
     # Tiles hold for a size class of tokens.
     block_tokens, block_out, warps = (
@@ -194,8 +196,8 @@ def _prepare(
     biases, has_bias = (weight_scale, False) if bias is None else (bias, True)
 
     def run(codes: Tensor, scale: Tensor, group_scale: Tensor) -> Tensor:
-        tokens = codes.shape[0]
-        out = torch.empty((tokens, out_features), dtype=out_dtype, device=device)
+        tokens = codes.numel() // in_features
+        out = torch.empty(*codes.shape[:-1], out_features, dtype=out_dtype, device=device)
         weight = unpack(weight_packed, weight_multiplier) if unpacked is None else unpacked
         _group_scaled_kernel[(ceil_div(tokens, block_tokens), tiles_out)](
             codes.contiguous(),

@@ -64,6 +64,7 @@ def _sizes(
     sizes=_sizes,
     dtypes=("out_dtype",),
     activations=2,
+    rows=True,
     typical={
         "out_dtype": torch.bfloat16,
         "in_features": 4096,
@@ -121,21 +122,19 @@ def launch(
     Without ``enable_fp_fusion`` a product and a sum are rounded one after the other, as in the reference, so
     that the results are the reference's to the bit.
     """
-    tokens = operand.shape[0]
-    if out is None:
-        out = torch.empty(tokens, weight_packed.shape[0], dtype=out_dtype, device=operand.device)
+    tokens, out_features = operand.shape[0], weight_packed.shape[0]
     if tokens == 0:
-        return out
+        return torch.empty(0, out_features, dtype=out_dtype, device=operand.device)
     operand = operand.contiguous()
     if plan is None:
         plan = _plan_for(operand, weight_packed, weight_multiplier)
     if not isinstance(plan, TwoPassPlan):
-        prepare = _PREPARED[type(plan)]
-        return prepare(plan, weight_packed, weight_scale, weight_multiplier, bias, out_dtype)(
-            operand, scale, out
-        )
-    weight = unpack(weight_packed, weight_multiplier) if unpacked is None else unpacked
-    return _int8_gemm(plan, operand, scale, weight, weight_scale, bias, out)
+        weight = weight_packed, weight_scale, weight_multiplier, bias, out_dtype
+        return _PREPARED[type(plan)](plan, *weight, operand.shape[:-1])(operand, scale, out)
+    if out is None:
+        out = torch.empty(tokens, out_features, dtype=out_dtype, device=operand.device)
+    unpacked = unpack(weight_packed, weight_multiplier) if unpacked is None else unpacked
+    return _int8_gemm(plan, operand, scale, unpacked, weight_scale, bias, out)
 
 
 _PREPARED: dict[type[Plan], Callable[..., Callable[..., Tensor]]] = {
@@ -145,7 +144,8 @@ _PREPARED: dict[type[Plan], Callable[..., Callable[..., Tensor]]] = {
 
 
 def _plan_for(operand: Tensor, weight_packed: Tensor, weight_multiplier: Tensor | None) -> Plan:
-    tokens, in_features = operand.shape
+    in_features = operand.shape[-1]
+    tokens = operand.numel() // in_features
     packed_words = supports_words(in_features, group_size_of(in_features, weight_multiplier))
     return plan_for(tokens, weight_packed.shape[0], in_features, packed_words, operand.device)
 
@@ -162,25 +162,25 @@ def _prepare(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """See :meth:`~rrsq.kernels.operation.Operation.prepare`."""
     product = weight_packed, weight_scale, weight_multiplier, bias, out_dtype
-    if operand.shape[0] <= FEW_TOKENS:
+    (out_features, in_features), device = (weight_packed.shape[0], operand.shape[-1]), operand.device
+    if operand.numel() <= FEW_TOKENS * in_features:
         plan = _plan_for(operand, weight_packed, weight_multiplier)
         if not isinstance(plan, TwoPassPlan):
-            return _PREPARED[type(plan)](plan, *product)
-    (out_features, in_features), device = (weight_packed.shape[0], operand.shape[1]), operand.device
+            return _PREPARED[type(plan)](plan, *product, operand.shape[:-1])
     packed_words = supports_words(in_features, group_size_of(in_features, weight_multiplier))
     prepared: dict[Plan, Callable[..., Tensor]] = {}
 
     def run(operand: Tensor, scale: Tensor) -> Tensor:
-        tokens = operand.shape[0]
+        tokens = operand.numel() // in_features
         plan = plan_for(tokens, out_features, in_features, packed_words, device)
+        out = torch.empty(*operand.shape[:-1], out_features, dtype=out_dtype, device=device)
         if isinstance(plan, TwoPassPlan):
-            out = torch.empty((tokens, out_features), dtype=out_dtype, device=device)
             weight = unpack(weight_packed, weight_multiplier) if unpacked is None else unpacked
             return _int8_gemm(plan, operand.contiguous(), scale, weight, weight_scale, bias, out)
         multiply = prepared.get(plan)
         if multiply is None:
-            multiply = prepared[plan] = _PREPARED[type(plan)](plan, *product)
-        return multiply(operand, scale)
+            multiply = prepared[plan] = _PREPARED[type(plan)](plan, *product, operand.shape[:-1])
+        return multiply(operand, scale, out)
 
     return run
 
@@ -319,20 +319,21 @@ def _int8_gemm(
     out: Tensor,
 ) -> Tensor:
     """``out = scale ⊗ weight_scale ⊙ (operand @ weight.T) + bias`` of int8 operand and weight."""
-    tokens, in_features = operand.shape
-    out_features = weight.shape[0]
+    out_features, in_features = weight.shape
+    tokens = operand.numel() // in_features
     tiles = ceil_div(tokens, plan.block_tokens) * ceil_div(out_features, plan.block_out)
     bias_argument = weight_scale if bias is None else bias
     if plan.descriptors and _describable(operand, weight, out):
         from triton.tools.tensor_descriptor import TensorDescriptor
 
+        rows, out_rows = operand.view(tokens, in_features), out.view(tokens, out_features)
         _int8_gemm_descriptor_kernel[(tiles,)](
-            TensorDescriptor.from_tensor(operand, [plan.block_tokens, plan.block_in]),
+            TensorDescriptor.from_tensor(rows, [plan.block_tokens, plan.block_in]),
             scale,
             TensorDescriptor.from_tensor(weight, [plan.block_out, plan.block_in]),
             weight_scale,
             bias_argument,
-            TensorDescriptor.from_tensor(out, [plan.block_tokens, plan.block_out]),
+            TensorDescriptor.from_tensor(out_rows, [plan.block_tokens, plan.block_out]),
             tokens,
             out_features,
             in_features,
@@ -370,8 +371,8 @@ def _int8_gemm(
 
 
 def _describable(*tensors: Tensor) -> bool:
-    """Whether the tensor memory accelerator can address them: 16-byte aligned bases and rows."""
+    """Whether the tensor memory accelerator can address them, contiguous: 16-byte aligned bases and rows."""
     return all(
-        tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+        tensor.data_ptr() % 16 == 0 and tensor.shape[-1] * tensor.element_size() % 16 == 0
         for tensor in tensors
     )

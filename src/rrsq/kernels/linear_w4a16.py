@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .float_gemm import MAXIMUM_TOKENS, float_gemm, float_gemm_plan
+from .float_gemm import MAXIMUM_TOKENS, float_gemm_plan, prepared_float_gemm
 from .linear_int8 import FLOATING
 from .operation import Constraints, operation
 from .packing import dequantize, group_size_of, supports_words, weight_operand, weight_sizes
@@ -30,6 +30,7 @@ def _sizes(
     fake=_fake,
     sizes=_sizes,
     dtypes=("x",),
+    rows=True,
     typical={
         "x": torch.bfloat16,
         "in_features": 4096,
@@ -75,6 +76,8 @@ def _launch(
     bias: Tensor | None,
     unpacked: Tensor | None,
 ) -> Tensor:
+    if x.shape[0] == 0:
+        return torch.empty(0, weight_packed.shape[0], dtype=x.dtype, device=x.device)
     return _prepare(x, weight_packed, weight_scale, weight_multiplier, bias, unpacked)(x)
 
 
@@ -90,8 +93,9 @@ def _prepare(
 
     Few tokens are multiplied from the codes; for more, a dequantization pass and the library's product.
     """
-    tokens, in_features = x.shape
     out_features, row_bytes = weight_packed.shape
+    in_features = x.shape[-1]
+    tokens = x.numel() // in_features
     packed_words = supports_words(in_features, group_size_of(in_features, weight_multiplier))
     if tokens > MAXIMUM_TOKENS or not packed_words or x.dtype == torch.float32:
         return functools.partial(
@@ -102,14 +106,7 @@ def _prepare(
             bias=bias,
         )
     plan = float_gemm_plan(tokens, out_features, row_bytes)
-
-    def run(x: Tensor) -> Tensor:
-        out = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
-        if tokens:
-            float_gemm(plan, x.contiguous(), weight_packed, weight_scale, weight_multiplier, bias, out)
-        return out
-
-    return run
+    return prepared_float_gemm(plan, weight_packed, weight_scale, weight_multiplier, bias, x.shape[:-1])
 
 
 _launch.prepare = _prepare  # type: ignore[attr-defined]

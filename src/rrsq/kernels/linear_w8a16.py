@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._triton import ceil_div, tl, triton
-from .float_gemm import MAXIMUM_TOKENS, float_gemm, float_gemm_plan
+from .float_gemm import MAXIMUM_TOKENS, float_gemm_plan, prepared_float_gemm
 from .linear_int8 import FLOATING
 from .operation import Constraints, operation
 
@@ -30,6 +30,7 @@ def _sizes(x: Tensor, weight_int8: Tensor, *_: object) -> tuple[tuple[str, int],
     fake=_fake,
     sizes=_sizes,
     dtypes=("x",),
+    rows=True,
     typical={"x": torch.bfloat16, "in_features": 4096, "out_features": 128256},
 )
 def linear_w8a16(x: Tensor, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,6 +61,8 @@ def linear_w8a16(x: Tensor, weight_int8: Tensor, weight_scale: Tensor, bias: Ten
 
 @linear_w8a16.kernel("triton", Constraints.on_gpu(dtypes={"x": FLOATING}))
 def _launch(x: Tensor, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    if x.shape[0] == 0:
+        return torch.empty(0, weight_int8.shape[0], dtype=x.dtype, device=x.device)
     return _prepare(x, weight_int8, weight_scale, bias)(x)
 
 
@@ -67,20 +70,13 @@ def _prepare(
     x: Tensor, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
     """See :meth:`~rrsq.kernels.operation.Operation.prepare`."""
-    tokens, in_features = x.shape
-    out_features = weight_int8.shape[0]
+    out_features, in_features = weight_int8.shape
+    tokens = x.numel() // in_features
     weight_int8 = weight_int8.contiguous()
     if tokens > MAXIMUM_TOKENS or in_features % 16 or x.dtype == torch.float32:
         return _prepare_dequantized(weight_int8, weight_scale, bias)
     plan = float_gemm_plan(tokens, out_features, in_features, bits=8)
-
-    def run(x: Tensor) -> Tensor:
-        out = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
-        if tokens:
-            float_gemm(plan, x.contiguous(), weight_int8, weight_scale, None, bias, out)
-        return out
-
-    return run
+    return prepared_float_gemm(plan, weight_int8, weight_scale, None, bias, x.shape[:-1])
 
 
 _launch.prepare = _prepare  # type: ignore[attr-defined]

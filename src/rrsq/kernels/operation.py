@@ -245,12 +245,14 @@ class Operation(Generic[P, R]):
         mutates: Collection[str],
         typical: Facts,
         activations: int,
+        rows: bool,
     ) -> None:
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
         self.reference = reference
         self.typical = typical
         self._activations = activations
+        self._rows = rows
         parameters = inspect.signature(reference).parameters
         self._parameters = tuple(parameters)
         self._defaults = tuple(parameter.default for parameter in parameters.values())
@@ -285,7 +287,8 @@ class Operation(Generic[P, R]):
         """Add the decorated function as an implementation.
 
         It is called with all arguments, positionally; where modules keep it (:meth:`prepare`), with the
-        activations positionally and the others by the reference's names.
+        activations positionally and the others by the reference's names. What its own ``prepare`` makes of
+        an operation of rows takes them with any leading dimensions.
 
         Raises:
             ValueError: a constraint on ``tokens`` tells numbers of one size class apart.
@@ -305,10 +308,14 @@ class Operation(Generic[P, R]):
         """What runs calls like this one, with all that will be the same looked up once.
 
         For modules, which multiply by the same weight thousands of times. It serves activations of the same
-        device, dtypes and channels, contiguous, whose tokens are of the same size class
-        (:data:`FEW_TOKENS`) and not none. At least the choice of the kernel is made; a kernel with more to
-        prepare has an attribute ``prepare`` of its function, which takes all arguments and returns a
-        function of those that are activations, or None.
+        device, dtypes and channels, and not of no tokens: of the same shape where there are up to
+        :data:`FEW_TOKENS` tokens, else of any larger number. At least the choice of the kernel is made; a
+        kernel with more to prepare has an attribute ``prepare`` of its function, which takes all arguments
+        and returns a function of those that are activations, or None.
+
+        Of an operation of rows, activations ``[tokens, channels]`` may be ``[..., channels]`` here, and the
+        first result has the leading dimensions of the first of them: a view costs the host as much as a
+        launch.
 
         Args:
             args: all arguments of a call; those that are activations come first.
@@ -319,13 +326,17 @@ class Operation(Generic[P, R]):
         device, count = args[0].device, self._activations
         function: Any = self._op  # Shapes only.
         if device.type != "meta":
-            facts = self._facts(self._dtypes_of(args), self._sizes_of(args))
+            rows = args
+            if self._rows:
+                rows = args[0].reshape(-1, args[0].shape[-1]), *map(_as_rows, args[1:count]), *args[count:]
+            facts = self._facts(self._dtypes_of(rows), self._sizes_of(rows))
             function = self.select(Target.of(device), facts, str(device)).function
         prepare = getattr(function, "prepare", None)
         run = None if prepare is None else prepare(*args)
         if run is None:
             constant = zip(self._parameters[count:], args[count:], strict=True)
             run = functools.partial(function, **dict(constant))  # Adds no frame to the call.
+            run = _of_rows(run) if self._rows else run
         return _on_its_device(device, run)
 
     def bind(self, device: torch.device, **facts: int | torch.dtype) -> Callable[..., R]:
@@ -426,6 +437,25 @@ def _backend_reasons(kernel: Kernel, target: Target, backend: str | None) -> lis
     return []
 
 
+def _as_rows(x: Any) -> Any:
+    """``[..., channels]`` as ``[tokens, channels]``; what has one dimension, or is no tensor, as it is."""
+    return x.flatten(0, -2) if isinstance(x, Tensor) and x.ndim > 2 else x
+
+
+def _of_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of rows, for activations with any leading dimensions, which its first result has too."""
+
+    def run(x: Tensor, *others: Any) -> Any:
+        if x.ndim == 2:
+            return function(x, *others)
+        results = function(x.reshape(-1, x.shape[-1]), *map(_as_rows, others))
+        first, *more = (results,) if isinstance(results, Tensor) else results
+        first = first.view(*x.shape[:-1], first.shape[-1])
+        return (first, *more) if more else first
+
+    return run
+
+
 def _on_its_device(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` as it is run on a device: Triton launches on the current one."""
     if device.type != "cuda" or torch.cuda.device_count() == 1:
@@ -448,6 +478,7 @@ def operation(
     mutates: Collection[str] = (),
     typical: Facts | None = None,
     activations: int = 1,
+    rows: bool = False,
 ) -> Callable[[Callable[P, R]], Operation[P, R]]:
     """Make an :class:`Operation` of the decorated function, its eager reference.
 
@@ -463,10 +494,12 @@ def operation(
         mutates: arguments that are written to.
         typical: facts of an ordinary call, for reports.
         activations: how many arguments, the first ones, differ from call to call (:meth:`Operation.prepare`).
+        rows: activations are ``[tokens, channels]`` or ``[channels]``, or ``[tokens]`` beside the former, and
+            so is the first result.
     """
 
     def define(function: Callable[P, R]) -> Operation[P, R]:
-        made = Operation(function, fake, sizes, dtypes, mutates, typical or {}, activations)
+        made = Operation(function, fake, sizes, dtypes, mutates, typical or {}, activations, rows)
         _operations[made.name] = made
         return made
 

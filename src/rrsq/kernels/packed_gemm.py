@@ -6,15 +6,20 @@ few tiles to fill the GPU; the partial sums are integers and are added by the pr
 fixed order, so results are deterministic.
 
 Programs that share a sum leave their parts in memory and count who has arrived. Counters are zero before
-every launch, and left at zero by every launch. Calls on one stream follow each other, so they share one
-buffer a stream. A call that is captured in a CUDA graph may be replayed at any time: it gets counters of its
-own from a reserve that is allocated outside of capture. Where the reserve is used up, or missing because
-nothing ran before the capture, the graph clears its own.
+every launch, and left at zero by every launch. Calls on one stream (of a CPU: in one thread) follow each
+other, so they share one buffer a stream. A call that is captured in a CUDA graph may be replayed at any
+time: it gets counters of its own from a reserve that is allocated outside of capture. Where the reserve is
+used up, or missing because nothing ran before the capture, the graph clears its own.
 """
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
+from __future__ import annotations
+
+import math
+import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +37,12 @@ from .plans import FusedPlan
 
 __all__ = [
     "MAXIMUM_COUNTERS",
+    "Tiles",
     "add_parts",
     "counters",
     "multiply_packed",
     "prepared_packed_gemm",
     "read_step",
-    "split_sums",
     "unpack_step",
 ]
 
@@ -50,7 +55,7 @@ _reserves: dict[torch.device, tuple[Tensor, int]] = {}
 def counters(count: int, device: torch.device) -> Tensor:
     """``count`` (at most :data:`MAXIMUM_COUNTERS`) zero int32 for one launch on the current stream."""
     if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=device)
+        return _counters_of(device, threading.get_ident())
     if torch.cuda.is_current_stream_capturing():
         reserve, used = _reserves.get(device, (None, _RESERVE))
         if reserve is None or used + count > _RESERVE:
@@ -60,29 +65,50 @@ def counters(count: int, device: torch.device) -> Tensor:
     if device not in _reserves:
         _reserves[device] = (torch.zeros(_RESERVE, dtype=torch.int32, device=device), 0)
         torch.cuda.current_stream(device).synchronize()
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _by_stream:
-        _by_stream[key] = torch.zeros(MAXIMUM_COUNTERS, dtype=torch.int32, device=device)
-    return _by_stream[key]
+    return _counters_of(device, torch._C._cuda_getCurrentRawStream(device.index))
 
 
-def split_sums(
-    plan: FusedPlan, tiles: int, row_bytes: int, dtype: torch.dtype, unused: Tensor
-) -> tuple[int, Tensor, Tensor]:
-    """How many programs share a tile's sum over K, the room for their parts, and the tiles' counters.
+def _counters_of(device: torch.device, stream: int) -> Tensor:
+    made = _by_stream.get((device, stream))
+    if made is None:
+        made = _by_stream[device, stream] = torch.zeros(MAXIMUM_COUNTERS, dtype=torch.int32, device=device)
+    return made
 
-    Args:
-        plan: asks for ``plan.split``; there are no more parts than steps of K.
-        tiles: number of tiles.
-        row_bytes: packed bytes of a weight row.
-        dtype: of the sums.
-        unused: on the device; stands for both where nothing is split.
-    """
-    split = min(plan.split, -(-row_bytes // plan.block_bytes))
-    if split == 1 or tiles > MAXIMUM_COUNTERS:
-        return 1, unused, unused
-    size = tiles * split * plan.block_out * plan.block_tokens
-    return split, torch.empty(size, dtype=dtype, device=unused.device), counters(tiles, unused.device)
+
+class Tiles(NamedTuple):
+    """How a product of some tokens is cut."""
+
+    grid: tuple[int, int, int]
+    """Tiles of tokens, tiles of output channels, programs that share a tile's sum over K."""
+    parts: int
+    """Sums in all programs together."""
+
+    @classmethod
+    def of(cls, plan: FusedPlan, tokens: int, out_features: int, row_bytes: int) -> Tiles:
+        """By a plan, which asks for ``plan.split``; there are no more parts than steps of K.
+
+        ``row_bytes``: of the codes in a weight row.
+        """
+        tiles_out = ceil_div(out_features, plan.block_out)
+        return cls.of_blocks(plan, ceil_div(tokens, plan.block_tokens), tiles_out, row_bytes)
+
+    @classmethod
+    def of_blocks(cls, plan: FusedPlan, tiles_token: int, tiles_out: int, row_bytes: int) -> Tiles:
+        """The same of tiles."""
+        tiles = tiles_token * tiles_out
+        split = 1 if tiles > MAXIMUM_COUNTERS else min(plan.split, ceil_div(row_bytes, plan.block_bytes))
+        return cls((tiles_token, tiles_out, split), tiles * split * plan.block_out * plan.block_tokens)
+
+    def room(self, dtype: torch.dtype, unused: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for parts of sums, and the tiles' counters.
+
+        ``unused``, a tensor on the device, stands for both where nothing is split.
+        """
+        tiles_token, tiles_out, split = self.grid
+        if split == 1:
+            return unused, unused
+        device = unused.device
+        return torch.empty(self.parts, dtype=dtype, device=device), counters(tiles_token * tiles_out, device)
 
 
 @triton.jit
@@ -344,26 +370,30 @@ def prepared_packed_gemm(
     multiplier: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    leading: tuple[int, ...],
 ) -> Callable[..., Tensor]:
     """For one weight, a function of ``operand`` and ``scale`` (and ``out``, if it is there) to ``out``.
 
-    ``out`` ``[tokens, out_features]`` is that of :func:`rrsq.kernels.linear_int8`, for any number of tokens.
+    ``out`` ``[*leading, out_features]`` is that of :func:`rrsq.kernels.linear_int8`. Other numbers of tokens
+    than those of ``leading`` bring their ``out``.
     """
     (out_features, row_bytes), device = packed.shape, packed.device
-    in_features = 2 * row_bytes
-    tiles_out = ceil_div(out_features, plan.block_out)
+    in_features, shape, usual = 2 * row_bytes, (*leading, out_features), math.prod(leading)
+    usual_tiles = Tiles.of(plan, usual, out_features, row_bytes)
     multipliers = packed if multiplier is None else multiplier
     biases, has_bias = (weight_scale, False) if bias is None else (bias, True)
     half, group_size = pack_block(in_features) // 2, group_size_of(in_features, multiplier)
     even = row_bytes % plan.block_bytes == 0
 
     def run(operand: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-        tokens = operand.shape[0]
+        tokens, tiles = usual, usual_tiles
         if out is None:
-            out = torch.empty((tokens, out_features), dtype=out_dtype, device=device)
-        tiles_token = ceil_div(tokens, plan.block_tokens)
-        split, partial, meeting = split_sums(plan, tiles_token * tiles_out, row_bytes, torch.int32, scale)
-        _packed_gemm_kernel[(tiles_token, tiles_out, split)](
+            out = torch.empty(*shape, dtype=out_dtype, device=device)
+        elif out.shape != shape:
+            tokens = out.numel() // out_features
+            tiles = Tiles.of(plan, tokens, out_features, row_bytes)
+        partial, meeting = tiles.room(torch.int32, scale)
+        _packed_gemm_kernel[tiles.grid](
             operand,
             scale,
             packed,
@@ -382,7 +412,7 @@ def prepared_packed_gemm(
             BLOCK_TOKENS=plan.block_tokens,
             BLOCK_OUT=plan.block_out,
             BLOCK_BYTES=plan.block_bytes,
-            SPLIT=split,
+            SPLIT=tiles.grid[2],
             STAGES=plan.stages,
             EVEN=even,
             FULL=tokens % plan.block_tokens == 0,

@@ -13,6 +13,7 @@ first divided by the token's scale, and hardware does two such numbers at a time
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False, disable-error-code="assignment,misc"
 # ruff: noqa: RUF005 - Triton knows no starred elements of tuples.
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def _butterflies(x: Tensor, block: int) -> Tensor:
     sizes=_sizes,
     dtypes=("x",),
     typical={"x": torch.bfloat16, "channels": 4096, "hadamard_block": 16, "group_size": 16},
+    rows=True,
 )
 def quantize_signed(x: Tensor, bits: int, group_size: int | None, block: int) -> tuple[Tensor, Tensor]:
     """Rotate blocks of channels and quantize each token.
@@ -488,8 +490,8 @@ def _quantize_kernel(
     """One token, in ``PARTS`` times ``UNITS`` units of ``UNIT`` channels, all in registers.
 
     A thread has whole units, so that neither rotations nor groups leave it. ``GROUP`` 0: no multipliers.
-    ``operand_pointer``: int32, four operands a word. ``scale_factor``: what the token's largest magnitude is
-    multiplied by. ``normalization``: 1 / sqrt(BLOCK). ``PIECE``: channels of 16 bytes.
+    ``operand_pointer``: int8, written as words of four. ``scale_factor``: what the token's largest magnitude
+    is multiplied by. ``normalization``: 1 / sqrt(BLOCK). ``PIECE``: channels of 16 bytes.
     """
     token = tl.program_id(0)
     start = token.to(tl.int64) * channels
@@ -501,7 +503,7 @@ def _quantize_kernel(
         parts = parts + (rotated_units(x, UNIT, BLOCK),)
     store_quantized(
         parts,
-        operand_pointer + start // 4,
+        operand_pointer + start,
         scale_pointer + token,
         unit,
         units,
@@ -532,7 +534,11 @@ def store_quantized(
     PARTS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Quantize one token: ``parts`` of rotated units, without the factor ``normalization``."""
+    """Quantize one token: ``parts`` of rotated units, without the factor ``normalization``.
+
+    ``operand_pointer``: int8, at the token's first channel.
+    """
+    word_pointer = operand_pointer.to(tl.pointer_type(tl.int32), bitcast=True)
     largest = tl.zeros([UNITS], tl.int32)
     for part in tl.static_range(PARTS):
         largest = tl.maximum(largest, _largest_bits(parts[part], UNIT, BLOCK))
@@ -548,7 +554,7 @@ def store_quantized(
                 words = words + _signed_words(_part(y, group, GROUP), factor, GROUP, PTX)
         else:
             words = _code_words(y, factor, UNIT, PTX)
-        _store_words(operand_pointer, unit + part * UNITS, units, words, UNIT // 4)
+        _store_words(word_pointer, unit + part * UNITS, units, words, UNIT // 4)
 
 
 @triton.jit
@@ -587,6 +593,7 @@ class Cut:
     warps: int
 
 
+@functools.lru_cache(maxsize=1024)
 def cut_of(tokens: int, channels: int, unit: int) -> Cut:
     """Two units a thread and part, which float16 arithmetic takes at a time; few tokens get more threads."""
     units = next_power_of_two(ceil_div(channels, unit))
@@ -610,22 +617,36 @@ def _prepare(
     x: Tensor, bits: int, group_size: int | None, block: int, cut: Cut | None = None
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """See :meth:`~rrsq.kernels.operation.Operation.prepare`; with ``cut`` it decides."""
-    (tokens, channels), device = x.shape, x.device
+    channels = x.shape[-1]
+    if cut is None:
+        cut = cut_of(x.numel() // channels, channels, unit_of(channels, group_size, block))
+    return _prepared(channels, x.element_size(), x.device, bits, group_size, block, cut)
+
+
+@functools.lru_cache(maxsize=1024)  # What is compiled asks in each call.
+def _prepared(
+    channels: int,
+    element_size: int,
+    device: torch.device,
+    bits: int,
+    group_size: int | None,
+    block: int,
+    cut: Cut,
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     unit = unit_of(channels, group_size, block)
-    cut = cut or cut_of(tokens, channels, unit)
     units, parts, warps = cut.units, cut.parts, cut.warps
     scale_factor = 1.0 / (code_max(bits) if group_size is None else 7 * SIGNED_MAX)
-    normalization, group, piece = 1.0 / math.sqrt(block), group_size or 0, min(16 // x.element_size(), unit)
+    normalization, group, piece = 1.0 / math.sqrt(block), group_size or 0, min(16 // element_size, unit)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.contiguous()
-        tokens = x.shape[0]
-        words = torch.empty((tokens, channels // 4), dtype=torch.int32, device=device)
+        tokens = x.numel() // channels
+        operand = torch.empty_like(x, dtype=torch.int8)
         scale = torch.empty(tokens, dtype=torch.float32, device=device)
         if tokens:
             _quantize_kernel[(tokens,)](
                 x,
-                words,
+                operand,
                 scale,
                 channels,
                 scale_factor,
@@ -640,7 +661,7 @@ def _prepare(
                 enable_fp_fusion=False,
                 num_warps=warps,
             )
-        return words.view(torch.int8), scale
+        return operand, scale
 
     return run
 

@@ -80,6 +80,7 @@ def _sizes(
     sizes=_sizes,
     dtypes=("x",),
     typical={"x": torch.bfloat16, "channels": 4096, "group_size": 32},
+    rows=True,
 )
 def quantize_smoothed(
     x: Tensor,
@@ -252,7 +253,7 @@ def _prepare(
 
     A rotation is a pass of its own here.
     """
-    channels, device = x.shape[1], x.device
+    channels, device = x.shape[-1], x.device
     groups = channels // group_size
     limit = code_max(bits)
     code_factor = clip / limit
@@ -264,14 +265,14 @@ def _prepare(
 
     def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = x.contiguous() if rotate is None else rotate(x)
-        tokens = x.shape[0]
+        tokens = x.numel() // channels
         set_size = tokens_per_set(scope, tokens)
         sets = ceil_div(tokens, set_size)
-        codes = torch.empty((tokens, channels), dtype=torch.int8, device=device)
+        codes = torch.empty_like(x, dtype=torch.int8)
         scale = torch.empty(tokens, dtype=torch.float32, device=device)
         order = x if channel_order is None else channel_order
         if by_token:
-            group_scale = torch.empty((sets, groups), dtype=torch.float32, device=device)
+            group_scale = torch.empty(sets, groups, dtype=torch.float32, device=device)
         else:
             group_scale = torch.full((sets, groups), TINY, dtype=torch.float32, device=device)
             _statistic_kernel[(tokens,)](

@@ -57,6 +57,7 @@ def _sizes(
     sizes=_sizes,
     dtypes=("x",),
     typical={"x": torch.bfloat16, "channels": 4096, "group_size": 32},
+    rows=True,
 )
 def quantize_tokens(
     x: Tensor,
@@ -157,7 +158,7 @@ def _prepare(
     hadamard_inner: int,
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """See :meth:`~rrsq.kernels.operation.Operation.prepare`; for any number of tokens."""
-    channels, device = x.shape[1], x.device
+    channels, device = x.shape[-1], x.device
     limit, group = code_max(bits), group_size or 0
     scale_factor = clip / limit if group_size is None else clip / (limit * MULTIPLIER_MAX)
     code_factor = clip / limit
@@ -166,8 +167,9 @@ def _prepare(
         rotate = prepared_rotation(x, base, hadamard_block, hadamard_inner, factors, limit, group)
 
         def run_rotated(x: Tensor) -> tuple[Tensor, Tensor]:
-            operand = torch.empty(x.shape, dtype=torch.int8, device=device)
-            scale = torch.empty(x.shape[0], dtype=torch.float32, device=device)
+            x = x.contiguous()
+            operand = torch.empty_like(x, dtype=torch.int8)
+            scale = torch.empty(x.numel() // channels, dtype=torch.float32, device=device)
             rotate(x, operand, scale)
             return operand, scale
 
@@ -179,8 +181,8 @@ def _prepare(
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.contiguous()
-        tokens = x.shape[0]
-        operand = torch.empty((tokens, channels), dtype=torch.int8, device=device)
+        tokens = x.numel() // channels
+        operand = torch.empty_like(x, dtype=torch.int8)
         scale = torch.empty(tokens, dtype=torch.float32, device=device)
         _quantize_kernel[(tokens,)](
             x,

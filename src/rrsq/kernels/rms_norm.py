@@ -89,23 +89,23 @@ def _prepare(
     x: Tensor, weight: Tensor, eps: float, offset: float, late: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """See :meth:`~rrsq.kernels.operation.Operation.prepare`; for any number of tokens."""
-    channels, device = x.shape[-1], x.device
+    channels = x.shape[-1]
     block = next_power_of_two(channels)
     warps = min(max(block // 512, 1), 16)
 
     def run(x: Tensor, weight: Tensor) -> Tensor:
-        shape = x.shape
-        rows = x if x.ndim == 2 else x.reshape(-1, channels)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        y = torch.empty(shape, dtype=x.dtype, device=device)
-        tokens = rows.shape[0]
+        tokens, stride, rows = x.numel() // channels, channels, x
+        if not x.is_contiguous():
+            rows = x if x.ndim == 2 else x.reshape(-1, channels)
+            rows = rows if rows.stride(1) == 1 else rows.contiguous()
+            stride = rows.stride(0)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
         if tokens:
             _rms_norm_kernel[(tokens,)](
                 rows,
                 weight,
                 y,
-                rows.stride(0),
+                stride,
                 channels,
                 eps,
                 offset,

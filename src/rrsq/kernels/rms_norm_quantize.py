@@ -65,7 +65,7 @@ _TYPICAL: dict[str, int | torch.dtype] = {
 }
 
 
-@operation(fake=_fake, sizes=_norm_sizes, dtypes=("x", "weight"), typical=_TYPICAL, activations=2)
+@operation(fake=_fake, sizes=_norm_sizes, dtypes=("x", "weight"), typical=_TYPICAL, activations=2, rows=True)
 def rms_norm_quantize(
     x: Tensor,
     weight: Tensor,
@@ -101,6 +101,7 @@ def rms_norm_quantize(
     dtypes=("x", "residual", "weight"),
     typical={**_TYPICAL, "residual": torch.bfloat16},
     activations=3,
+    rows=True,
 )
 def add_rms_norm_quantize(
     x: Tensor,
@@ -184,7 +185,7 @@ def _kernel(
         parts = parts + (rotated_units(y, UNIT, BLOCK),)
     store_quantized(
         parts,
-        operand_pointer + start // 4,
+        operand_pointer + start,
         scale_pointer + token,
         unit,
         units,
@@ -203,18 +204,18 @@ def _launcher(
     x: Tensor, add: bool, eps: float, offset: float, late: bool, bits: int, group_size: int | None, block: int
 ) -> Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """What is the same for tokens like these is looked up once; the third result is the sum, or ``x``."""
-    (tokens, channels), device = x.shape, x.device
+    channels, device = x.shape[-1], x.device
     unit = unit_of(channels, group_size, block)
-    cut = cut_of(tokens, channels, unit)
+    cut = cut_of(x.numel() // channels, channels, unit)
     units, parts, warps = cut.units, cut.parts, cut.warps
     scale_factor = 1.0 / (code_max(bits) if group_size is None else 7 * SIGNED_MAX)
     normalization, group, piece = 1.0 / math.sqrt(block), group_size or 0, min(16 // x.element_size(), unit)
 
     def run(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = x.contiguous()
-        tokens = x.shape[0]
+        tokens = x.numel() // channels
         total = torch.empty_like(x) if add else x
-        words = torch.empty((tokens, channels // 4), dtype=torch.int32, device=device)
+        operand = torch.empty_like(x, dtype=torch.int8)
         scale = torch.empty(tokens, dtype=torch.float32, device=device)
         if tokens:
             _kernel[(tokens,)](
@@ -222,7 +223,7 @@ def _launcher(
                 x if residual is None else residual.contiguous(),
                 weight,
                 total,
-                words,
+                operand,
                 scale,
                 channels,
                 eps,
@@ -241,7 +242,7 @@ def _launcher(
                 enable_fp_fusion=False,
                 num_warps=warps,
             )
-        return words.view(torch.int8), scale, total
+        return operand, scale, total
 
     return run
 

@@ -92,7 +92,9 @@ def _sizes(x: Tensor, base: Tensor, hadamard_block: int, inner: int) -> tuple[tu
     return ("channels", x.shape[-1]), *rotation_sizes(x.shape[-1], base.shape[0], hadamard_block, inner)
 
 
-@operation(fake=_fake, sizes=_sizes, dtypes=("x",), typical={"x": torch.bfloat16, "channels": 4096})
+@operation(
+    fake=_fake, sizes=_sizes, dtypes=("x",), typical={"x": torch.bfloat16, "channels": 4096}, rows=True
+)
 def hadamard_transform(x: Tensor, base: Tensor, hadamard_block: int, inner: int = 1) -> Tensor:
     """Rotate blocks of channels online: ``x @ R``, ``R`` orthonormal (QuaRot, arXiv 2404.00456, section 4).
 
@@ -447,26 +449,26 @@ def prepared_rotation(
     code_limit: int = 0,
     group_size: int = 0,
 ) -> Callable[..., Tensor]:
-    """A function of activations like ``x`` ``[tokens, channels]``, of any number of tokens but none.
+    """A function of activations like ``x`` ``[..., channels]``, of any number of tokens but none.
 
     It returns them rotated, in float32; with a ``code_limit`` it is given ``out`` and ``scale`` too, for
     their int8 operand and its scale a token.
     """
-    channels, device, quantize = x.shape[1], x.device, code_limit > 0
+    channels, quantize = x.shape[-1], code_limit > 0
     shape = rotation_shape(channels, base.shape[0], hadamard_block, inner)
     split = shape.split
     exact = not quantize and x.dtype == torch.float32
     dense, fast = _rotation_factors(base, shape, torch.float32 if exact else torch.float16)
-    programs = shape.programs * processors(device)
+    programs = shape.programs * processors(x.device)
     scale_factor, code_factor = factors
     normalization = 1.0 / math.sqrt(hadamard_block)
     limit = {} if shape.registers is None else {"maxnreg": shape.registers}
 
     def run(x: Tensor, out: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         x = x.contiguous()
-        tokens = x.shape[0]
+        tokens = x.numel() // channels
         if out is None:
-            out = torch.empty((tokens, channels), dtype=torch.float32, device=device)
+            out = torch.empty_like(x, dtype=torch.float32)
         _rotation_kernel[(min(tokens, programs),)](
             x,
             dense,

@@ -61,9 +61,8 @@ class QuantizedModel:
 def quantize_model(
     model: nn.Module,
     recipe: Recipe,
-    windows: Tensor | None,
+    calibration: Tensor | StoredCalibration | None,
     *,
-    stored: StoredCalibration | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     hessian_bytes: int = HESSIAN_BYTES,
@@ -77,10 +76,9 @@ def quantize_model(
     Args:
         model: in any floating dtype, on the CPU; its linears are replaced. On the meta device with ``store``.
         recipe: what to do.
-        windows: int64 ``[samples, tokens]`` calibration windows; None if :func:`needs_calibration` says so,
-            or with ``stored``.
-        stored: statistics of this model in full precision, to use in place of running text; that they are
-            its own is not checked here (:meth:`StoredCalibration.check_model`).
+        calibration: windows of text, int64 ``[samples, tokens]``; or statistics of this model in full
+            precision, to use in place of running text, of which that they are its own is not checked here
+            (:meth:`StoredCalibration.check_model`); None if :func:`needs_calibration` says so.
         seed: of the rotations' random signs.
         device: where layers are computed.
         hessian_bytes: of experts, only so many are quantized at once as have Hessians of so many bytes.
@@ -94,7 +92,7 @@ def quantize_model(
         The weights are where ``store`` put them.
 
     Raises:
-        CalibrationError: ``stored`` lacks what the recipe needs, or is damaged.
+        CalibrationError: stored statistics lack what the recipe needs, or are damaged.
         DataError: the model has no embedding for a token of the windows.
         NonFiniteError: a weight or, on the calibration text, an activation is NaN or Inf, or becomes it.
         RecipeError: the recipe's key offsets do not go with the model's RoPE, a pattern matches
@@ -105,12 +103,12 @@ def quantize_model(
     family = family_for(model.config)
     check_rope(model.config, recipe)
     check_recipe(recipe, family, model)
-    if stored is not None:
-        check_stored(stored, recipe, seed)
-    elif windows is None and needs_calibration(recipe):
+    if isinstance(calibration, StoredCalibration):
+        check_stored(calibration, recipe, seed)
+    elif calibration is not None:
+        check_token_ids(model, calibration)
+    elif needs_calibration(recipe):
         raise ValueError(f"recipe '{recipe.name}' needs calibration windows")
-    if windows is not None:
-        check_token_ids(model, windows)
     if workers.count > 1 and any(entry.experts for entry in family.inputs):
         raise UsageError(
             "The calibration of a mixture of experts cannot be shared by several processes yet. Start one."
@@ -124,7 +122,7 @@ def quantize_model(
         if plan.rotations.residual is not None or not head_is_kept(recipe, family):
             untie_head(model, family)
         _begin(plan, store, report)
-        activations = _activations(plan, stored, windows, store, workers, stream_dtype)
+        activations = _activations(plan, calibration, store, workers, stream_dtype)
         _leave_embedding(plan, store, activations)
         steps = _Steps([_steps_of(plan, layer, activations) for layer in plan.layers], progress)
         steps.skip(len(report.layers))
@@ -216,21 +214,20 @@ def _begin(plan: _Plan, store: ModelStore, report: QuantizationReport) -> None:
 
 def _activations(
     plan: _Plan,
-    stored: StoredCalibration | None,
-    windows: Tensor | None,
+    calibration: Tensor | StoredCalibration | None,
     store: ModelStore,
     workers: Workers,
     stream_dtype: torch.dtype,
 ) -> Activations:
     """Where this run learns of activations; text is embedded here, or taken up behind the finished layers."""
-    if stored is not None:
-        return StoredStatistics(stored, plan.recipe, plan.family, plan.rotations, plan.device)
-    if windows is None:
+    if isinstance(calibration, StoredCalibration):
+        return StoredStatistics(calibration, plan.recipe, plan.family, plan.rotations, plan.device)
+    if calibration is None:
         return Nothing()
     hidden = HiddenStates(
         plan.model,
         plan.family,
-        workers.part(windows),
+        workers.part(calibration),
         plan.device,
         dtype=stream_dtype,
         allocate=store.allocate,

@@ -152,7 +152,7 @@ class GatedForward:
         if not apart:
             return self.parts[0](x)
         gate, up = self.parts[:2]
-        return x.joined if (gate.place, up.place, len(x.outputs)) == (0, 1, 2) else None
+        return x.joined if (gate.place, up.place, len(x.rows)) == (0, 1, 2) else None
 
     def _is_as_it_was(self) -> bool:
         modules = self.module._modules
@@ -164,10 +164,12 @@ class GatedForward:
         )
 
     def _deferred(self, joined: Tensor) -> DeferredInput:
-        gate, up = joined.chunk(2, dim=-1)
-        rows, activation = joined.reshape(-1, joined.shape[-1]), GATES[self.activation]
-        make = lambda: activation(gate) * up  # noqa: E731
-        return DeferredInput(kernels.gated_quantize, (rows,), (self.activation,), make, gate.shape)
+        def make() -> Tensor:
+            gate, up = joined.chunk(2, dim=-1)
+            return GATES[self.activation](gate) * up
+
+        shape = torch.Size((*joined.shape[:-1], joined.shape[-1] // 2))
+        return DeferredInput(kernels.gated_quantize, (joined,), (self.activation,), make, shape)
 
 
 @torch.no_grad()
@@ -268,6 +270,10 @@ class RotaryForward:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._twin: _Twin | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_twin": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass."""
@@ -275,21 +281,48 @@ class RotaryForward:
         if not is_compiling():
             own = forward.__globals__.get(_ROTARY)
             if own is not None and _is_rotary(own):
-                forward = _with(forward, {_ROTARY: _Rotary(own)})
+                forward = self._with_kernel(forward, own)
         return forward(self.module, *args, **kwargs)
 
+    def _with_kernel(self, forward: Any, own: Callable[..., Any]) -> Any:
+        twin = self._twin
+        if twin is None or twin.function is not forward or twin.thing.own is not own:
+            twin = self._twin = _Twin(forward, _ROTARY, _Rotary(own))
+        return twin.follow()
 
-def _with(function: Any, names: dict[str, Any]) -> Any:
-    """A function that finds other things under some global names."""
-    made = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **names},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    made.__kwdefaults__ = function.__kwdefaults__
-    return made
+
+class _Twin:
+    """A function that finds another thing under one global name, and all others as the function itself does.
+
+    Args:
+        function: what it does.
+        name: of what is another thing.
+        thing: that is found there.
+    """
+
+    def __init__(self, function: Any, name: str, thing: Any) -> None:
+        self.function, self.thing = function, thing
+        own = function.__globals__
+        self._globals = {key: value for key, value in own.items() if key.startswith("__")}
+        self._globals[name] = thing
+        self._names = tuple(_names_in(function.__code__) - {name})
+        self._made = types.FunctionType(
+            function.__code__, self._globals, function.__name__, function.__defaults__, function.__closure__
+        )
+        self._made.__kwdefaults__ = function.__kwdefaults__
+
+    def follow(self) -> Any:
+        """The function, with what stands under its other names now; there are few."""
+        own, found = self.function.__globals__, self._globals
+        for name in self._names:
+            if name in own:
+                found[name] = own[name]
+        return self._made
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    inner = (_names_in(part) for part in code.co_consts if isinstance(part, types.CodeType))
+    return set(code.co_names).union(*inner)
 
 
 class _Rotary:

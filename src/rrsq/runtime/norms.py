@@ -62,7 +62,6 @@ class NormForward:
 
     def added(self, x: Tensor, residual: Tensor) -> tuple[DeferredInput, Callable[[], Tensor]]:
         """What is normalized of ``residual + x``, and what gives the sum once that is quantized."""
-        rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, residual))
         sums: list[Tensor] = []
         pending: DeferredInput | None = None
 
@@ -70,18 +69,17 @@ class NormForward:
             nonlocal pending
             if pending is not None:
                 others = pending.others
-                sums.append(others[0].view(x.shape) if others else residual + x)
+                sums.append(others[0].view_as(x) if others else residual + x)
                 pending = None  # It holds this function: without a cycle, tensors go as soon as they can.
             return sums[0]
 
         pending = deferred = self._deferred_of(
-            kernels.add_rms_norm_quantize, *rows, lambda: self._normed(total()), x.shape
+            kernels.add_rms_norm_quantize, x, residual, lambda: self._normed(total()), x.shape
         )
         return deferred, total
 
     def _deferred(self, x: Tensor) -> DeferredInput:
-        rows = x.reshape(-1, x.shape[-1])
-        return self._deferred_of(kernels.rms_norm_quantize, rows, lambda: self._normed(x), x.shape)
+        return self._deferred_of(kernels.rms_norm_quantize, x, lambda: self._normed(x), x.shape)
 
     def _deferred_of(self, operation: Any, *parts: Any) -> DeferredInput:
         *rows, make, shape = parts

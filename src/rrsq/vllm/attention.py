@@ -404,9 +404,7 @@ class QuantizedAttention(AttentionImpl[CacheMetadata]):
         return known and query.is_cuda and self._flash_version is not None
 
     def _flash(self, query: Tensor, keys: Tensor, values: Tensor, prompts: Prompts, output: Tensor) -> None:
-        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
-
-        flash_attn_varlen_func(
+        _flash_function()(
             q=query,
             k=keys,
             v=values,
@@ -458,6 +456,13 @@ def most_keys(vllm_config: VllmConfig) -> int:
     return max(
         int(vllm_config.model_config.max_model_len), int(vllm_config.scheduler_config.max_num_batched_tokens)
     )
+
+
+@functools.cache  # An import at each call costs the host a microsecond.
+def _flash_function() -> Any:
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
 
 
 def _flash_version(head_size: int) -> int | None:

@@ -67,7 +67,7 @@ def test_magnitudes_are_those_of_the_folders_recipe(source: Path, tmp_path: Path
 def test_codes_are_those_of_the_same_hessians(source: Path, stored: StoredCalibration, name: str) -> None:
     """A run on the folder, against rounding each folded weight directly."""
     recipe = recipe_of(name)
-    quantized: Any = quantize_model(load_tiny(source), recipe, None, stored=stored).model
+    quantized: Any = quantize_model(load_tiny(source), recipe, stored).model
     model = load_tiny(source)
     family = family_for(model.config)
     sizes = family.sizes(model.config)
@@ -96,7 +96,7 @@ def test_codes_are_those_of_the_same_hessians(source: Path, stored: StoredCalibr
 
 def test_a_quantized_head_is_that_of_the_stored_hessian(source: Path, stored: StoredCalibration) -> None:
     recipe = recipe_of("rrs1-w4a4kv4", ["head.bits=4"])
-    quantized: Any = quantize_model(load_tiny(source), recipe, None, stored=stored)
+    quantized: Any = quantize_model(load_tiny(source), recipe, stored)
     assert quantized.report.fallbacks == []
     model = load_tiny(source)
     family = family_for(model.config)
@@ -111,7 +111,7 @@ def test_a_quantized_head_is_that_of_the_stored_hessian(source: Path, stored: St
 
 
 def test_a_run_without_text_reports_what_it_can(source: Path, stored: StoredCalibration) -> None:
-    report = quantize_model(load_tiny(source), recipe_of("rrs-w4a4kv4"), None, stored=stored).report
+    report = quantize_model(load_tiny(source), recipe_of("rrs-w4a4kv4"), stored).report
     for layer in report.layers:
         assert layer.output_snr_db is None
         assert layer.cache_error is None
@@ -138,9 +138,7 @@ def copied(stored: StoredCalibration, tmp_path: Path) -> Path:
 
 def refused(source: Path, folder: Path, recipe: str, overrides: tuple[str, ...] = (), seed: int = 0) -> str:
     with pytest.raises(CalibrationError) as caught:
-        quantize_model(
-            load_tiny(source), recipe_of(recipe, overrides), None, stored=StoredCalibration(folder), seed=seed
-        )
+        quantize_model(load_tiny(source), recipe_of(recipe, overrides), StoredCalibration(folder), seed=seed)
     return str(caught.value)
 
 
@@ -161,7 +159,7 @@ def test_gptq_without_hessians_is_refused_and_the_rest_is_not(source: Path, tmp_
     folder = tmp_path / "calib"
     stored = calibrate_tiny(source, folder, hessians=False)
     assert "--no-hessians" in refused(source, folder, "rrs-w4a4kv4")
-    quantize_model(load_tiny(source), recipe_of("rrs-w4a4kv4", ["weights.method=rtn"]), None, stored=stored)
+    quantize_model(load_tiny(source), recipe_of("rrs-w4a4kv4", ["weights.method=rtn"]), stored)
 
 
 def test_a_layer_that_was_not_copied_is_named(copied: Path) -> None:

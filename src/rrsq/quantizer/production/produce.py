@@ -41,6 +41,7 @@ __all__ = [
     "CalibrationText",
     "OutputOptions",
     "Produced",
+    "SourceModel",
     "StepCallback",
     "check_source",
     "load_calibration",
@@ -53,6 +54,26 @@ StepCallback = Callable[[int, int, int, str], None]
 
 The totals are 0 while they are not known: before the first layer and while the checkpoint is written.
 """
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """What is quantized.
+
+    Attributes:
+        path: Hub id, Hugging Face folder or ``.gguf`` file.
+        tokenizer: the model's, written beside the weights.
+        data_root: folder laid out like the Hub, looked in before it.
+    """
+
+    path: str
+    tokenizer: PreTrainedTokenizerBase
+    data_root: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """What a checkpoint says that it was made of."""
+        return self.path.rstrip("/").rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True)
@@ -81,6 +102,11 @@ class Calibration:
     windows: Tensor | None
     info: CalibrationInfo
     stored: StoredCalibration | None = None
+
+    @property
+    def learned_from(self) -> Tensor | StoredCalibration | None:
+        """What :func:`quantize_model` takes."""
+        return self.windows if self.stored is None else self.stored
 
 
 @dataclass(frozen=True)
@@ -195,15 +221,13 @@ def open_calibration(folder: Path, recipe: Recipe, seed: int) -> Calibration:
 
 
 def produce_checkpoint(
-    model: str,
+    source: SourceModel,
     recipe: Recipe,
     output: OutputOptions,
-    tokenizer: PreTrainedTokenizerBase,
     calibration: Calibration | None,
     *,
     seed: int = 0,
     device: str = "cpu",
-    data_root: Path | None = None,
     workers: Workers = ALONE,
     on_step: StepCallback = lambda done, total, per_layer, text: None,
     on_note: NoteCallback = lambda text: None,
@@ -214,14 +238,12 @@ def produce_checkpoint(
     (:class:`WorkFolder`) until the output is whole; the same call goes on from there after a stop.
 
     Args:
-        model: Hub id, Hugging Face folder or ``.gguf`` file.
+        source: the model.
         recipe: what to do.
         output: where to write.
-        tokenizer: the model's, written beside the weights.
         calibration: the windows or what was stored of them; None if the recipe needs none.
         seed: of the rotations' random signs.
         device: where layers are computed.
-        data_root: folder laid out like the Hub, looked in before it.
         workers: processes that share the calibration text; rank 0 writes.
         on_step: told of progress.
         on_note: told what a user may want to know.
@@ -233,10 +255,10 @@ def produce_checkpoint(
         check_output(output.folder, overwrite=output.overwrite)
     max_shard_size = parse_size(output.max_shard_size)
     on_step(0, 0, 0, "reading the model")
-    opened = open_model(model, data_root, on_note)
+    opened = open_model(source.path, source.data_root, on_note)
     stored = None if calibration is None else calibration.stored
     if stored is not None:
-        stored.check_model(opened.fingerprint, model)
+        stored.check_model(opened.fingerprint, source.path)
     identity = {
         "the recipe": recipe.model_dump(mode="json"),
         "the model": asdict(opened.fingerprint),
@@ -249,8 +271,8 @@ def produce_checkpoint(
     }
     with _work_folder(output, identity, workers) as work:
         if not work.manifest.whole:
-            run = _Production(opened, recipe, output, tokenizer, calibration, seed, device, workers, work)
-            run.execute(max_shard_size, model, on_step, on_note)
+            run = _Production(source, opened, recipe, output, calibration, seed, device, workers, work)
+            run.execute(max_shard_size, on_step, on_note)
         workers.wait()
         made = Progress.of(work).result or {}
         if workers.rank == 0:
@@ -275,24 +297,22 @@ def _work_folder(output: OutputOptions, identity: dict[str, Any], workers: Worke
 class _Production:
     """One run of :func:`produce_checkpoint` in its work folder."""
 
+    source: SourceModel
     opened: OpenedModel
     recipe: Recipe
     output: OutputOptions
-    tokenizer: PreTrainedTokenizerBase
     calibration: Calibration | None
     seed: int
     device: str
     workers: Workers
     work: WorkFolder
 
-    def execute(self, max_shard_size: int, name: str, on_step: StepCallback, on_note: NoteCallback) -> None:
+    def execute(self, max_shard_size: int, on_step: StepCallback, on_note: NoteCallback) -> None:
         """Quantize and fill the staging folder; the manifest's result says that it is done."""
         model = self.opened.model
         check_recipe(self.recipe, family_for(model.config), model)
         planned = planned_tensors(model.config, self.opened.dtype, self.recipe)
         shards = OutputShards(self.work.staging, planned, max_shard_size)
-        windows = None if self.calibration is None else self.calibration.windows
-        stored = None if self.calibration is None else self.calibration.stored
         if self.workers.rank == 0:
             self._prepare(shards, on_note)
         self.workers.wait()
@@ -304,8 +324,7 @@ class _Production:
             quantized = quantize_model(
                 model,
                 self.recipe,
-                windows,
-                stored=stored,
+                None if self.calibration is None else self.calibration.learned_from,
                 seed=self.seed,
                 device=self.device,
                 store=store,
@@ -316,14 +335,14 @@ class _Production:
         info = checkpoint_info(
             quantized,
             seed=self.seed,
-            source_model=name.rstrip("/").rsplit("/", 1)[-1],
+            source_model=self.source.name,
             calibration=None if self.calibration is None else self.calibration.info,
         )
         progress = Progress.of(self.work)
         progress.result = {"info": info.model_dump(mode="json"), "report": quantized.report.to_dict()}
         progress.put(self.work)
         if self.workers.rank == 0:
-            write_beside(quantized, self.tokenizer, info, shards)
+            write_beside(quantized, self.source.tokenizer, info, shards)
             if self.opened.folder is not None:
                 copy_processor(self.opened.folder, self.work.staging)
             flush(self.work.staging)

@@ -45,8 +45,6 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """``query`` ``[batch, heads, tokens, head_dim]`` to ``[batch, tokens, heads, head_dim]``."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if isinstance(key, CachedTokens):
         layer, quantizer = key.layer, key.layer.quantizer
         if key.decodes(attention_mask):
@@ -59,4 +57,6 @@ def _attention(
             return out, None
         key, value = quantizer.read(layer.pages, query, 0, layer.tokens, layer.shift)
     assert isinstance(value, Tensor)
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward  # See _register.
+
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -174,6 +174,7 @@ class KVQuantizer(nn.Module):
         self.keys = CacheTensorQuantizer(keys, kv_heads, head_dim)
         self.values = CacheTensorQuantizer(values, kv_heads, head_dim)
         self.rotary = rotary
+        self._signed = keys.signed, values.signed
         self._constants: dict[torch.device, _Constants] = {}
         self._chosen: dict[Any, Callable[..., Any]] = {}
         self._config: Any = None
@@ -253,7 +254,8 @@ class KVQuantizer(nn.Module):
         self, pages: CachePages, like: Tensor, slots: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of listed tokens; see :func:`rrsq.kernels.cache_gather`."""
-        return kernels.cache_gather(like, *pages, slots, positions, *self.constants(like.device))
+        gather = self._choose(kernels.cache_gather, "like", like)
+        return gather(like, *pages, slots, positions, *self.constants(like.device))
 
     def shard(self, kv_heads: int, most_tokens: int) -> KVQuantizer:
         """One of the same schemes for ``kv_heads`` heads, with offsets of zero.
@@ -262,11 +264,6 @@ class KVQuantizer(nn.Module):
         """
         rotary = None if self.rotary is None else self.rotary.for_all(most_tokens)
         return KVQuantizer(self.keys.scheme, self.values.scheme, kv_heads, self.keys.head_dim, rotary)
-
-    @property
-    def _signed(self) -> tuple[bool, bool]:
-        """Whether the scales of keys and of values have signs."""
-        return self.keys.scheme.signed, self.values.scheme.signed
 
     def round_trip(self, keys: Tensor, values: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """What a cache that is empty before would give back of all its tokens."""
@@ -478,8 +475,7 @@ def _say_that_it_stays(kind: str) -> None:
 
 def _trained(hidden: Any) -> bool:
     """Whether the input of an attention, or what stands in its place, wants a gradient."""
-    tensors = hidden.outputs if isinstance(hidden, Projections) else (hidden,)
-    return any(needs_gradient(tensor) for tensor in tensors)
+    return needs_gradient(hidden.joined if isinstance(hidden, Projections) else hidden)
 
 
 def _window(layer: Any) -> int:

@@ -33,6 +33,7 @@ class Storage:
     Attributes:
         pages: of each layer, one block a sequence.
         used: int32 ``[layers]``, tokens stored before a forward pass.
+        used_of: of each layer, ``[1]`` of ``used``; making one at a call would cost as much as a launch.
         shift: int32 ``[batch]``, position of the first row of each sequence.
         together: ``used`` is raised for all layers at the end of a forward pass, not by each layer.
         graphs: of a :class:`~rrsq.runtime.decoding.Decoder` and its prompts.
@@ -48,6 +49,7 @@ class Storage:
             self.pages = [quantizer.pages(batch, capacity, device) for quantizer in quantizers]
             self.used = torch.zeros(len(quantizers), dtype=torch.int32, device=device)
             self.shift = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.used_of = _one_by_one(self.used)
         self.together = self.prompts = False
         self.graphs: dict[Any, Any] = {}
         self.structure: tuple[Any, ...] | None = None
@@ -66,7 +68,12 @@ class Storage:
         new = copy.copy(self)
         new.pages = [pages.clone() for pages in self.pages]
         new.used, new.shift, new.graphs = self.used.clone(), self.shift.clone(), {}
+        new.used_of = _one_by_one(new.used)
         return new
+
+
+def _one_by_one(x: Tensor) -> list[Tensor]:
+    return [x[index : index + 1] for index in range(x.shape[0])]
 
 
 class CodesLayer(DynamicLayer):
@@ -134,7 +141,7 @@ class CodesLayer(DynamicLayer):
     def used(self) -> Tensor:
         """int32 ``[1]``: tokens stored, of which a running forward pass may be one ahead."""
         assert self.storage is not None
-        return self.storage.used[self.index : self.index + 1]
+        return self.storage.used_of[self.index]
 
     @property
     def shift(self) -> Tensor:
@@ -165,11 +172,12 @@ class CodesLayer(DynamicLayer):
                 storage.shift.zero_()
             else:
                 storage.shift.copy_(self.next_positions[:, -1].expand(batch) - (new - 1))
-        self.quantizer.append(self.pages, key_states, value_states, self.used, storage.shift)
+        used = storage.used_of[self.index]
+        self.quantizer.append(storage.pages[self.index], key_states, value_states, used, storage.shift)
         self.tokens += new
         self.is_initialized = True
         if not storage.together:
-            self.used.add_(new)
+            used.add_(new)
         tokens = CachedTokens(self, new)
         return tokens, tokens
 

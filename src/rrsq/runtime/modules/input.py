@@ -193,29 +193,30 @@ class InputQuantizer(nn.Module):
         operation, arguments = self._quantization(rows.device)
         return self.operand(operation(rows, *arguments), rows.shape[0])
 
-    def prepare(self, rows: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        """What quantizes rows like these, with all that will be the same looked up once.
+    def prepare(self, x: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """What quantizes activations like these, with all that will be the same looked up once.
 
         Args:
-            rows: ``[tokens, channels]``; see :meth:`rrsq.kernels.operation.Operation.prepare`.
+            x: ``[..., channels]``; see :meth:`rrsq.kernels.operation.Operation.prepare`.
 
         Returns:
-            A function of such rows to the tensors that :meth:`forward` makes of them.
+            A function of such activations to the tensors that :meth:`forward` makes of them, but what is
+            multiplied has their leading dimensions.
         """
         if not self._stays_float:
-            operation, arguments = self._quantization(rows.device)
-            return operation.prepare(rows, *arguments)
+            operation, arguments = self._quantization(x.device)
+            return operation.prepare(x, *arguments)
         if self.scheme.simulated:
-            return lambda rows: (self._floats(rows),)
+            return lambda x: (self._floats(x),)
         if self.rotation is None:
-            return lambda rows: (rows,)
-        rotate = kernels.hadamard_transform.prepare(rows.float(), *self._rotation_arguments(rows.device))
-        return lambda rows: (rotate(rows.float()).to(rows.dtype),)
+            return lambda x: (x,)
+        rotate = kernels.hadamard_transform.prepare(x.float(), *self._rotation_arguments(x.device))
+        return lambda x: (rotate(x.float()).to(x.dtype),)
 
-    def prepare_linear(self, rows: Tensor, weight: Weight) -> PreparedLinear:
-        """What quantizes rows like these, and what multiplies the result by a weight."""
-        quantize = self.prepare(rows)
-        operation, arguments = self.operand(quantize(rows), _ALL_TOKENS).product(weight, rows.dtype)
+    def prepare_linear(self, x: Tensor, weight: Weight) -> PreparedLinear:
+        """What quantizes activations like ``x``, and what makes ``[..., out]`` of the result."""
+        quantize = self.prepare(x)
+        operation, arguments = self.operand(quantize(x), _ALL_TOKENS).product(weight, x.dtype)
         return quantize, operation.prepare(*arguments)
 
     @property

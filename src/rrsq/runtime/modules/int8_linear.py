@@ -59,11 +59,10 @@ class Int8Linear(QuantizedWeight):
             return StraightThrough.apply(x, self._multiply, self._input_gradient)
         if not stays or not x.numel():
             return self._multiply(x)
-        rows = x.reshape(-1, self.in_features)
-        return self._prepared.find(rows, self._prepare)(rows).view(*x.shape[:-1], self.out_features)
+        return self._prepared.find(x, self._prepare)(x)
 
-    def _prepare(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
-        return kernels.linear_w8a16.prepare(rows, self.weight_int8, self.weight_scale, self.bias)
+    def _prepare(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        return kernels.linear_w8a16.prepare(x, self.weight_int8, self.weight_scale, self.bias)
 
     def _multiply(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)

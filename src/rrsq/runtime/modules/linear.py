@@ -27,7 +27,7 @@ class PreparedDeferred(dict[tuple[Any, ...], Prepared[PreparedLinear]]):
     """The same of deferred inputs, by their constants."""
 
     def multiply(self, x: DeferredInput, quantizer: InputQuantizer, weight: Callable[[], Weight]) -> Tensor:
-        """The products of a deferred input: ``[tokens, out]``."""
+        """The products of a deferred input: ``[..., out]``."""
         key = x.operation.name, *x.arguments
         prepared = self.get(key)
         if prepared is None:
@@ -193,20 +193,18 @@ class QuantizedLinear(PackedWeight):
             return x.outputs[self.place]
         stays = not is_compiling() and self._stays()
         if isinstance(x, DeferredInput):
-            if stays and x.activations[0].shape[0]:
-                y = self._prepared_deferred.multiply(x, self.input_quantizer, self._weight)
-                return y.view(*x.shape[:-1], self.out_features)
+            if stays and x.activations[0].numel():
+                return self._prepared_deferred.multiply(x, self.input_quantizer, self._weight)
             x = x.tensor()
         if needs_gradient(x):
             return StraightThrough.apply(x, self._multiply, self._input_gradient)
         if not stays or not x.numel():
             return self._multiply(x)
-        rows = x.reshape(-1, self.in_features)
-        quantize, multiply = self._prepared.find(rows, self._prepare)
-        return multiply(*quantize(rows)).view(*x.shape[:-1], self.out_features)
+        quantize, multiply = self._prepared.find(x, self._prepare)
+        return multiply(*quantize(x))
 
-    def _prepare(self, rows: Tensor) -> PreparedLinear:
-        return self.input_quantizer.prepare_linear(rows, self._weight())
+    def _prepare(self, x: Tensor) -> PreparedLinear:
+        return self.input_quantizer.prepare_linear(x, self._weight())
 
     def _multiply(self, x: Tensor) -> Tensor:
         y = self.input_quantizer(x).multiply(self._weight(), x.dtype)
@@ -232,20 +230,30 @@ class Projections:
 
     Attributes:
         input: what was multiplied, for linears of the input that are in full precision.
-        outputs: ``[..., out]`` of each quantized linear.
-        joined: the same side by side, ``[..., out]``.
+        joined: ``[..., out]`` of all quantized linears side by side.
+        rows: how many channels of it are each linear's.
         shape, dtype, device: of the input.
     """
 
-    __slots__ = ("_input", "device", "dtype", "joined", "outputs", "shape")
+    __slots__ = ("_input", "_outputs", "device", "dtype", "joined", "rows", "shape")
 
     def __init__(self, x: Tensor | DeferredInput, joined: Tensor, rows: list[int]) -> None:
         self._input = x
         self.joined = joined
-        self.outputs = joined.split(rows, dim=-1)
+        self.rows = rows
+        self._outputs: tuple[Tensor, ...] | None = None
         self.shape = x.shape
         self.dtype = x.dtype
         self.device = x.device
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """``[..., out]`` of each quantized linear, when one asks: a gate may take them together."""
+        if self._outputs is None:
+            self._outputs = self.joined.split_with_sizes(
+                self.rows, -1
+            )  # split() costs the host four times it.
+        return self._outputs
 
     @property
     def input(self) -> Tensor:
@@ -307,11 +315,11 @@ class FusedLinears(nn.Module):
         """The products with ``x`` ``[..., in]``; or ``x``, where the linears are not together."""
         weight = self._weight()
         if isinstance(x, DeferredInput):
-            if weight is None or is_compiling() or not x.activations[0].shape[0]:
+            if weight is None or is_compiling() or not x.activations[0].numel():
                 return self(x.tensor())
             joined = weight
             y = self._prepared_deferred.multiply(x, self._linears[0].input_quantizer, lambda: joined)
-            return Projections(x, y.view(*x.shape[:-1], -1), self._rows)
+            return Projections(x, y, self._rows)
         if weight is None:
             return x
         if needs_gradient(x):
@@ -319,10 +327,9 @@ class FusedLinears(nn.Module):
         elif is_compiling() or not x.numel():
             y = self._multiply(x, weight)
         else:
-            rows = x.reshape(-1, x.shape[-1])
             prepare = self._linears[0].input_quantizer.prepare_linear
-            quantize, multiply = self._prepared.find(rows, lambda rows: prepare(rows, weight))
-            y = multiply(*quantize(rows)).view(*x.shape[:-1], -1)
+            quantize, multiply = self._prepared.find(x, lambda x: prepare(x, weight))
+            y = multiply(*quantize(x))
         return Projections(x, y, self._rows)
 
     def _multiply(self, x: Tensor, weight: Weight) -> Tensor:

@@ -16,20 +16,27 @@ __all__ = ["Prepared", "QuantizedWeight"]
 _Kept = TypeVar("_Kept")
 
 
-class Prepared(dict[tuple[int, torch.dtype, str | None], _Kept]):
-    """What runs the tokens of a size class, by class, dtype and forced backend; so there are few."""
+class Prepared(dict[tuple[torch.Size | int, torch.dtype, str | None], _Kept]):
+    """What runs activations: by dtype, forced backend and their shape, or the channels of many tokens.
 
-    def find(self, rows: Tensor, make: Callable[[Tensor], _Kept]) -> _Kept:
-        """What runs rows ``[tokens, channels]`` like these; made where it is not there.
+    So there are few, and a call of few tokens costs one look.
+    """
+
+    def find(self, x: Tensor, make: Callable[[Tensor], _Kept]) -> _Kept:
+        """What runs activations like ``x`` ``[..., channels]``, not empty; made where it is not there.
 
         It is not kept while a CUDA graph is captured: the memory of its tensors would be the graph's.
         """
-        tokens = rows.shape[0]
-        key = tokens if tokens <= FEW_TOKENS else FEW_TOKENS + 1, rows.dtype, forced_backend()
+        kept = self.get((x.shape, x.dtype, forced_backend()))
+        return self._find(x, make) if kept is None else kept
+
+    def _find(self, x: Tensor, make: Callable[[Tensor], _Kept]) -> _Kept:
+        channels = x.shape[-1]
+        key = x.shape if x.numel() <= FEW_TOKENS * channels else channels, x.dtype, forced_backend()
         kept = self.get(key)
         if kept is None:
-            kept = make(rows)
-            if not (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+            kept = make(x)
+            if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self[key] = kept
         return kept
 

@@ -64,11 +64,10 @@ class OnlineHadamard(nn.Module):
         base = self.base(x.device)
         if is_compiling() or type(x) is not Tensor or not x.numel():
             return self._transform(x, base)
-        rows = x.reshape(-1, x.shape[-1])
-        return self._prepared.find(rows, self._prepare)(rows).view(x.shape)
+        return self._prepared.find(x, self._prepare)(x)
 
-    def _prepare(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
-        return kernels.hadamard_transform.prepare(rows, self._base, self.plan.block, self.inner)
+    def _prepare(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        return kernels.hadamard_transform.prepare(x, self._base, self.plan.block, self.inner)
 
     def inverse(self, x: Tensor) -> Tensor:
         """``x @ Rᵀ``: undoes :meth:`forward`."""
