@@ -14,7 +14,7 @@ VERSIONED_TESTS := tests/models tests/runtime tests/quantizer/production tests/q
 # Recipes whose checkpoints the oldest transformers need not load for every family.
 PEERS := quarot or rtn or paper or rrs1
 
-.PHONY: help install demo test test-oldest test-vllm test-real test-gpu lint clean
+.PHONY: help install demo test test-oldest test-vllm test-real test-gpu lint docs clean
 
 help:
 	@echo "make demo       quantize a small real model, evaluate it before and after, and let it write"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-real  run the tests on real models in MODELS=... with text under RRSQ_DATA_ROOT"
 	@echo "make test-gpu   run the tests that need a CUDA device, with the python that PYTHON names"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the documentation as a site, in build/site"
 
 install: $(VENV)/.installed
 
@@ -70,9 +71,12 @@ test-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu
 
 lint: install
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples docs/site
+	$(BIN)/ruff format --check src tests examples docs/site
 	$(BIN)/mypy --config-file pyproject.toml
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) $(VLLM_VENV) build dist demo-out

@@ -39,7 +39,7 @@ OPTIONS = {
     "quantize": {**_TEXT, "--device": "cpu"},
     "calibrate": {**_TEXT, "--device": "cpu"},
     "compare": {**_TEXT, "--limit": "2", "--device": "cpu"},
-    "eval": {"--limit": "2", "--sequence-length": "64", "--device": "cpu"},
+    "eval": {"--limit": "2", "--sequence-length": "64", "--context": "400", "--device": "cpu"},
     "generate": {"--max-new-tokens": "4", "--device": "cpu"},
     "bench": {"--tokens": "1,4", "--seconds": "0", "--device": "cpu"},
 }

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .arguments import DTYPES, check_choice, check_integer, check_path, texts
+from .arguments import DTYPES, check_choice, check_integer, check_path, integers, texts
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -150,6 +150,8 @@ def evaluate(
     limit: int | None = None,
     num_fewshot: int | None = None,
     sequence_length: int = 2048,
+    context: int | Iterable[int] = (2048, 8192),
+    depths: int | Iterable[int] = (0, 25, 50, 75, 100),
     bos: BosChoice = "auto",
     batch_size: int | None = None,
     device: str = "auto",
@@ -167,9 +169,12 @@ def evaluate(
         models: checkpoints, Hugging Face folders or Hub ids. With several, the first is the reference that
             the others are compared with.
         tasks: names as ``--tasks`` takes them, such as ``["wikitext2", "kl", "arc_e"]``.
-        limit: only the first so many windows of a text and questions of a task; None for all.
+        limit: only the first so many windows of a text and questions of a task; None for all. The number of
+            texts of each length of ``needle``; None for 10 at each depth.
         num_fewshot: solved examples before each question; None for what lm-eval's task says.
         sequence_length: tokens in a window.
+        context: tokens of the texts of ``needle``, a result for each.
+        depths: where in them the number to be found stands, in percent.
         bos: see :func:`quantize`.
         batch_size: windows or questions to run at a time; None: found from the memory that is free.
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
@@ -223,6 +228,8 @@ def evaluate(
     parsed = parse_tasks(",".join(texts("tasks", tasks)))
     options = TaskOptions(
         sequence_length=sequence_length,
+        context=integers("context", context, 1),
+        depths=integers("depths", depths, 0, 100),
         bos=bos,
         limit=limit,
         batch_size=batch_size,

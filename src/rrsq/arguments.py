@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import UsageError
 
-__all__ = ["DTYPES", "MOST", "check_choice", "check_integer", "check_path", "texts"]
+__all__ = ["DTYPES", "MOST", "check_choice", "check_integer", "check_path", "integers", "texts"]
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 """What the numbers of a model that are not quantized may be."""
@@ -25,6 +25,17 @@ def check_integer(name: str, value: Any, least: int, most: int = MOST) -> None:
         raise UsageError(f"{name} is {value}, and must be at least {least}.")
     if value > most:
         raise UsageError(f"{name} is more than {most}.")
+
+
+def integers(name: str, value: Any, least: int, most: int = MOST) -> tuple[int, ...]:
+    """Several integers, each as :func:`check_integer` has it; one alone is as good as a list of one."""
+    several = value if isinstance(value, Iterable) and not isinstance(value, str | bytes) else (value,)
+    several = tuple(several)
+    if not several:
+        raise UsageError(f"{name} is empty, and must have one number at least.")
+    for number in several:
+        check_integer(name, number, least, most)
+    return several
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from rrsq.cli.app import app
 from rrsq.evaluation import served
+from rrsq.evaluation.needle import Haystack, questions
 from rrsq.evaluation.perplexity import perplexity_by
 from rrsq.vllm.engine import Engine
 from tiny_vllm import StandIn, lm_eval_model
@@ -103,6 +105,40 @@ def test_tasks_of_lm_eval(
         assert values[1] == pytest.approx(values[0], rel=1e-5)
         assert ours["data_fingerprint"] == theirs["data_fingerprint"]
     assert [engine.closed for engine in vllm.engines] == [True, True]
+
+
+def test_needles_are_those_of_transformers(
+    vllm: StandIn, tiny_qwen2_dir: Path, qwen2_checkpoint: Path, tiny_text_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "result.json"
+    task = ("--tasks", f"needle:{tiny_text_file}", "--context", "300,400", *SMALL, "--json", path)
+    expected = measured(rrsq_eval(tiny_qwen2_dir, qwen2_checkpoint, *task, "--device", "cpu"), path)
+    found = measured(rrsq_eval(tiny_qwen2_dir, qwen2_checkpoint, *task, "--engine", "vllm"), path)
+    for theirs, ours in zip(expected["models"], found["models"], strict=True):
+        for there, here in zip(theirs["results"], ours["results"], strict=True):
+            assert here["data_fingerprint"] == there["data_fingerprint"]
+            values = [[metric["value"] for metric in each["metrics"]] for each in (there, here)]
+            assert values[1] == pytest.approx(values[0], rel=1e-3)
+    for engine in vllm.engines:  # One engine for all lengths, and as many new tokens as a number has.
+        assert engine.options["max_model_len"] == 401
+        assert [sampling.prompt_logprobs for _, sampling in engine.asked] == [None, 0, None, 0]
+
+
+def test_an_answer_is_right_if_it_begins_with_the_number(
+    vllm: StandIn, tiny_qwen2_dir: Path, tiny_text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2_dir)
+    haystack = Haystack(tokenizer, tiny_text_file.read_text(encoding="utf-8"), "text")
+    asked = questions(haystack, 300, (50,), 3)
+    first, second, third = (question.answer.tolist() for question in asked)
+    made = [[*first, 9], [*second[:-1], second[-1] + 1], third]
+    monkeypatch.setattr(Engine, "complete", lambda engine, prompts, max_tokens: made)
+    path = tmp_path / "result.json"
+    task = ("--tasks", f"needle:{tiny_text_file}", "--context", 300, "--depths", 50, "--limit", 3)
+    document = measured(rrsq_eval(tiny_qwen2_dir, *task, "--engine", "vllm", "--json", path), path)
+    (result,) = document["models"][0]["results"]
+    assert [answer["correct"] for answer in result["details"]["answers"]] == [True, False, True]
+    assert result["metrics"][0]["value"] == pytest.approx(2 / 3)
 
 
 def test_a_window_as_long_as_the_context(vllm: StandIn, tiny_llama_dir: Path, tiny_text_file: Path) -> None:

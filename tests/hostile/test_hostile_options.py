@@ -69,6 +69,8 @@ def wrong_lists() -> Iterator[tuple[str, ...]]:
     for text in (",", "1,", "1,,2", "1;2", "1,-2", "0,1", "1,x", "1," + "9" * 20):
         for option in ("--batch", "--context"):
             yield (*COMMANDS["bench-transformers"], option, text)
+        yield (*COMMANDS["eval-transformers"], "--context", text)
+        yield (*COMMANDS["eval-transformers"], "--depths", text.replace("0,1", "0,101"))
     for text in (",", "1x", "x1", "1x2,", "1x2;3x4", "1x2x3", "-1x2", "1x0", "1*2", " 1x2"):
         yield (*COMMANDS["bench-transformers"], "--loads", text)
     for text in ("magic", "bf16,magic", "BF16", "bf16-static", "\x1b[2J", "x" * 5000, "bf16;fp8", " "):

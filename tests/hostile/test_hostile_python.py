@@ -67,6 +67,8 @@ WRONG_EVALUATE: dict[str, tuple[Any, ...]] = {
     "limit": NO_NUMBERS[:4] + NO_NUMBERS[5:6],
     "num_fewshot": (-1, 1.5, "2", float("nan")),
     "sequence_length": (*NO_NUMBERS, 1),
+    "context": (*NO_NUMBERS, [], [0], [64, "64"], {}),
+    "depths": (*NO_NUMBERS[1:], [], [101], -1, [50, None]),
     "bos": NO_BOS,
     "batch_size": (0, -1, 1.5, "auto", float("nan")),
     "device": NO_DEVICES,

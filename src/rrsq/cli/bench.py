@@ -21,6 +21,7 @@ from rrsq.cli.options import (
     TensorParallelSize,
     check_output_file,
     given,
+    parse_integers,
     refuse,
     refuse_for_engine,
     resolve_device,
@@ -199,8 +200,8 @@ def bench(
         raise UsageError("--loads says both: leave out --batch and --context.")
     grid = tuple(
         Load(requests, length)
-        for requests in dict.fromkeys(_counts("--batch", batch))
-        for length in dict.fromkeys(_counts("--context", context_tokens))
+        for requests in dict.fromkeys(parse_integers("--batch", batch))
+        for length in dict.fromkeys(parse_integers("--context", context_tokens))
     )
     time_whole(
         WholeRequest(
@@ -243,7 +244,7 @@ def _time_linears(
 ) -> None:
     device_name = resolve_device(device)
     shapes = _shapes(shape, model)
-    counts = _counts("--tokens", tokens or (_CPU_TOKENS if device_name == "cpu" else _GPU_TOKENS))
+    counts = parse_integers("--tokens", tokens or (_CPU_TOKENS if device_name == "cpu" else _GPU_TOKENS))
     chosen = _recipe(recipe, assignments, model)
 
     import torch
@@ -318,16 +319,6 @@ def _recipe(name: str | None, assignments: list[str], model: str | None) -> Reci
             )
         return parse_info(read_config(Path(model))["quantization_config"]).recipe
     return load_recipe(name or _RECIPE, assignments)
-
-
-def _counts(option: str, text: str) -> tuple[int, ...]:
-    try:
-        counts = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        counts = ()
-    if not counts or not all(1 <= count < 1 << 31 for count in counts):
-        raise UsageError(f"{option} {text:.200}: expected positive numbers, for example 1,16,2048.")
-    return counts
 
 
 def _describe(device: torch.device) -> str:

@@ -28,6 +28,7 @@ from rrsq.cli.options import (
     TensorParallelSize,
     check_output_file,
     parse_batch_size,
+    parse_integers,
     refuse_for_engine,
 )
 
@@ -41,6 +42,7 @@ EXAMPLES = examples(
     "rrsq eval out/ --tasks hellaswag,mmlu --num-fewshot 5 --limit 100",
     "rrsq eval out/ --engine vllm --tasks wikitext2,arc_e",
     "rrsq eval model/ out/ --tasks wikitext2,kl --update-card out/",
+    "rrsq eval model/ out/ --tasks needle --context 2048,8192",
     "rrsq eval model/ w4a8/ w4a4/ --tasks wikitext2,text:notes.txt --data-root ~/data --json result.json",
 )
 
@@ -63,8 +65,10 @@ def evaluate(
             help="What to measure. [bold]wikitext2[/bold]: perplexity on the test split of WikiText-2. "
             "[bold]text:FILE[/bold]: perplexity on a .txt, .jsonl or .parquet file, or on a Hub data set "
             "(text:org/name:config). [bold]kl[/bold] or [bold]kl:FILE[/bold]: divergence of the next-token "
-            "probabilities from the reference's, on WikiText-2 or a file. [bold]arc_e arc_c boolq obqa piqa "
-            "winogrande hellaswag lambada mmlu[/bold], or any other name that lm-eval knows: its tasks.",
+            "probabilities from the reference's, on WikiText-2 or a file. [bold]needle[/bold] or "
+            "[bold]needle:FILE[/bold]: numbers to be found in long texts (--context). [bold]arc_e arc_c "
+            "boolq obqa piqa winogrande hellaswag lambada mmlu[/bold], or any other name that lm-eval knows: "
+            "its tasks.",
             rich_help_panel=DATA,
             autocompletion=complete_tasks,
         ),
@@ -102,6 +106,24 @@ def evaluate(
             rich_help_panel=DATA,
         ),
     ] = 2048,
+    context_tokens: Annotated[
+        str,
+        typer.Option(
+            "--context",
+            metavar="N[,N...]",
+            help="Tokens of the texts of [bold]needle[/bold], a result for each. --limit is the number of "
+            "texts of each length; without it there are 10 for each depth.",
+            rich_help_panel=DATA,
+        ),
+    ] = "2048,8192",
+    depths: Annotated[
+        str,
+        typer.Option(
+            metavar="N[,N...]",
+            help="Where in these texts the number to be found stands, in percent: 0 is the beginning.",
+            rich_help_panel=DATA,
+        ),
+    ] = "0,25,50,75,100",
     bos: Bos = BosName.AUTO,
     data_root: DataRoot = None,
     batch_size: BatchSize = "auto",
@@ -151,6 +173,8 @@ def evaluate(
     check_output_file("--json", json_path)
     refuse_for_engine(context, engine, "batch_size")
     size = parse_batch_size(batch_size)
+    lengths = parse_integers("--context", context_tokens, example="2048,8192")
+    places = parse_integers("--depths", depths, least=0, most=100, example="0,50,100")
     named = models if baseline is None else [baseline, *models]
     if update_card:
         from rrsq.evaluation.card import check_cards
@@ -167,6 +191,8 @@ def evaluate(
         limit=limit,
         num_fewshot=num_fewshot,
         sequence_length=sequence_length,
+        context=lengths,
+        depths=places,
         batch_size=size,
         device=device.value,
         dtype=dtype.value,

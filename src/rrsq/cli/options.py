@@ -41,6 +41,7 @@ __all__ = [
     "check_output_file",
     "given",
     "parse_batch_size",
+    "parse_integers",
     "refuse",
     "refuse_for_engine",
     "resolve_device",
@@ -209,6 +210,20 @@ def parse_batch_size(text: str) -> int | None:
     if not text.isdigit() or int(text) < 1:
         raise UsageError(f"--batch-size {text}: expected a positive number or auto.")
     return int(text)
+
+
+def parse_integers(
+    option: str, text: str, *, least: int = 1, most: int = 2**31 - 1, example: str = "1,16,2048"
+) -> tuple[int, ...]:
+    """Return the numbers between commas. Raises :class:`UsageError` for anything else or one out of range."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(least <= number <= most for number in numbers):
+        kind = "positive numbers" if least == 1 else f"numbers from {least} to {most}"
+        raise UsageError(f"{option} {text:.200}: expected {kind}, for example {example}.")
+    return numbers
 
 
 def resolve_device(device: DeviceName) -> str:

@@ -20,7 +20,8 @@ class Metric:
     stderr: float | None = None
     """Standard error over the questions; None where it is not known."""
     relative: bool = False
-    """It compares with the reference model by itself, as a divergence does: there is no ratio to take."""
+    """There is no ratio to the reference's to take: it compares by itself, as a divergence does, or is a
+    logarithm."""
 
     def recovery(self, reference: float) -> float | None:
         """This value over the reference model's: 1 is nothing lost.

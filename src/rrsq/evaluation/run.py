@@ -86,7 +86,8 @@ def evaluate_models(
         models: paths or Hub ids, the reference first.
         tasks: prepared.
         options: for all tasks; ``reference`` and ``on_progress`` are set here.
-        device, dtype: as :func:`load_model` takes them.
+        device: as :func:`load_model` takes it.
+        dtype: of what is not quantized, as :func:`load_model` takes it.
         on_step: told of progress.
     """
     from rrsq.evaluation.reference import Reference

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Task", "TaskKind", "TaskOptions", "parse_tasks", "register_task", "task_kinds"]
 
-TASK_MODULES = ("rrsq.evaluation.text_perplexity", "rrsq.evaluation.divergence_task")
+TASK_MODULES = (
+    "rrsq.evaluation.text_perplexity",
+    "rrsq.evaluation.divergence_task",
+    "rrsq.evaluation.needle_task",
+)
 """Modules that register tasks; they are imported when a task is first asked for."""
 
 
@@ -43,6 +47,10 @@ class TaskOptions:
     """Windows or questions to run at a time; None: found from the memory that is free."""
     num_fewshot: int | None = None
     """Solved examples before each question; None: what lm-eval's task says, mostly none."""
+    context: tuple[int, ...] = (2048, 8192)
+    """Tokens of a needle test's texts, a result for each."""
+    depths: tuple[int, ...] = (0, 25, 50, 75, 100)
+    """Where its needles stand, in percent of the text."""
     data_root: Path | None = None
     """Folder laid out like the Hub, looked in before it."""
     reference: Reference | None = None
