@@ -84,7 +84,10 @@ def test_8_bit_rows_are_rounded_to_nearest(tiny_qwen2_dir: Path) -> None:
     exact = rows_of(load_tiny(tiny_qwen2_dir)).detach()
     step = exact.abs().amax(1, keepdim=True) / 127
     found = rows_of(quantize_tiny(tiny_qwen2_dir, only("embedding.bits=8")).model)
-    torch.testing.assert_close(found, (exact / step).round() * step, rtol=1e-5, atol=1e-7)
+    codes = found / step
+    assert float((codes - codes.round()).abs().max()) < 1e-4
+    assert bool((codes.round().abs().amax(1) == 127).all())
+    assert bool(((found - exact).abs() <= 0.50001 * step).all())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
