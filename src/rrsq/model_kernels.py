@@ -249,16 +249,22 @@ def _head(
     target: Target,
     dtype: torch.dtype,
 ) -> ServedInput:
+    import torch
+
     from . import kernels
+    from .runtime.modules.embedding import block_rotation
     from .runtime.scheme import group_size_for, head_is_kept, head_shares_codes, keeps_tie
 
     rows, channels = model.get_submodule(family.head).weight.shape
     product = Step("library")
     facts: dict[str, Any] = {"x": dtype, "in_features": channels, "out_features": rows}
     tied = keeps_tie(recipe, family, folds_residual=rotations.residual is not None)
-    bits, group_size = recipe.head.bits, recipe.weights.group_size
+    bits, group_size, preparation = recipe.head.bits, recipe.weights.group_size, None
     if tied and head_shares_codes(recipe, family, model.config):
         bits, group_size = recipe.embedding.bits, recipe.embedding.group_size
+        rotation = block_rotation(channels, recipe.embedding.blocks) if bits == 4 else None
+        if rotation is not None:
+            preparation = _rotation(rotation, channels, torch.float32, target)
     elif head_is_kept(recipe, family):
         return ServedInput(family.head, (), channels, None, product)
     if bits == 8:
@@ -267,7 +273,7 @@ def _head(
         if group_size is not None:
             facts["weight_group_size"] = group_size_for(group_size, channels)
         product = _step(kernels.linear_w4a16, target, facts)
-    return ServedInput(family.head, (), channels, None, product)
+    return ServedInput(family.head, (), channels, preparation, product)
 
 
 def _step(operation: Operation[..., Any], target: Target, facts: Facts) -> Step:

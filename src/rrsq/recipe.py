@@ -235,6 +235,11 @@ class Embedding(_Part):
         le=LARGEST,
         description="4 bits: channels a multiplier covers; null: one scale a row",
     )
+    blocks: Literal[1, 2, 4, 8, 16, 32, 64] = Field(
+        default=32,
+        description="4 bits: rows are rotated in blocks of so many neighbouring channels (at most what"
+        " divides them), and back as they are looked up",
+    )
 
 
 class Head(_Part):

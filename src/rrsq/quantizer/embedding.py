@@ -48,6 +48,8 @@ def quantize_embedding(model: nn.Module, family: ModelFamily, recipe: Recipe, de
         if isinstance(new, Int8Embedding):
             new.set_rows(rows, *round_rows(piece))
             continue
+        if new.rotation is not None:
+            piece = new.rotation(piece)
         grid = choose_grid(piece, new.group_size, signed=True)
         codes = round_to_grid(piece, grid.steps(new.embedding_dim))
         new.set_weight(codes, grid.scale, grid.multiplier, (rows,))

@@ -31,7 +31,7 @@ _STREAM = 2  # bfloat16
 # the search four in float32, refinement six.
 _PIECE = 2**24
 _FOLDED, _SEARCHED, _REFINED = 5 * 8 + 2, 4 * 4, 6 * 4
-_ROUNDED = 4 + _SEARCHED  # Of a piece of the embedding, itself in float32 and what its search takes.
+_ROUNDED = 2 * 4 + _SEARCHED  # Of a piece of the embedding, itself, rotated, and what its search takes.
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,8 @@ def quantize_embedding_module(
         new = Int8Embedding(shape, factor=factor, dtype=dtype)
     else:
         group_size = group_size_for(recipe.embedding.group_size, shape[1])
-        new = Int4Embedding(shape, group_size=group_size, factor=factor, dtype=dtype)
+        blocks = recipe.embedding.blocks
+        new = Int4Embedding(shape, group_size=group_size, blocks=blocks, factor=factor, dtype=dtype)
     model.set_submodule(family.embedding, new)
     return new
 

@@ -13,7 +13,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from .. import kernels
 from ..errors import CheckpointError
 from ..recipe import Recipe
-from ..runtime.modules.embedding import int8_rows, packed_rows
+from ..runtime.modules.embedding import block_rotation, int8_rows, packed_rows
 from ..runtime.modules.input import FloatInput, Weight
 from ..runtime.modules.linear import multiplier_dtype
 from ..runtime.scheme import group_size_for
@@ -87,14 +87,15 @@ class HeadMethod(QuantizeMethodBase):
 
 
 class EmbeddingMethod(HeadMethod):
-    """An embedding in 8 or 4 bits, and the output head that is tied to it."""
+    """An embedding of ``channels`` in 8 or 4 bits, and the output head that is tied to it."""
 
     what = "embedding"
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, channels: int) -> None:
         self.bits = recipe.embedding.bits
         self.group_size = recipe.embedding.group_size
         self.signed = True
+        self.rotation = None if self.bits == 8 else block_rotation(channels, recipe.embedding.blocks)
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """Rows ``[..., channels]`` of this process's tokens ``[...]``, int64, in the model's dtype."""
@@ -102,8 +103,13 @@ class EmbeddingMethod(HeadMethod):
         if self.bits == 8:
             rows = int8_rows(layer.weight_int8, layer.weight_scale, index)
         else:
-            rows = packed_rows(layer.weight_packed, layer.weight_scale, layer.weight_multiplier, index)
+            weight = layer.weight_packed, layer.weight_scale, layer.weight_multiplier
+            rows = packed_rows(*weight, self.rotation, index)
         return rows.to(layer.params_dtype).view(*input_.shape, rows.shape[-1])
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See :class:`HeadMethod`."""
+        return super().apply(layer, x if self.rotation is None else self.rotation(x).to(x.dtype), bias)
 
 
 def quantize_embedding(model: nn.Module, places: Places, *, shared: bool) -> None:
@@ -125,7 +131,7 @@ def quantize_embedding(model: nn.Module, places: Places, *, shared: bool) -> Non
     layer = modules.get(embedding)
     if not isinstance(layer, VocabParallelEmbedding):  # It is on another process of the pipeline.
         return
-    method = EmbeddingMethod(places.recipe)
+    method = EmbeddingMethod(places.recipe, layer.embedding_dim)
     layer.quant_method = method
     del layer.weight
     method.create_weights(

@@ -24,10 +24,12 @@ from rrsq.runtime.modules.embedding import (
 from rrsq.runtime.modules.linear import PackedWeight
 
 ROWS, CHANNELS = 37, 96
-KINDS = {"8": (8, None), "4": (4, None), "4 in groups": (4, 32)}
+KINDS = {"8": (8, None, 1), "4": (4, None, 1), "4 in groups": (4, 32, 1), "4, rotated": (4, 16, 32)}
 
 
-def made(bits: int, group_size: int | None, factor: float = 1.0, dtype: torch.dtype = torch.float32) -> Any:
+def made(
+    bits: int, group_size: int | None, blocks: int, factor: float = 1.0, dtype: torch.dtype = torch.float32
+) -> Any:
     """An embedding of random codes."""
     generator = torch.Generator().manual_seed(bits)
     scale = 0.01 + torch.rand(ROWS, generator=generator)
@@ -36,7 +38,7 @@ def made(bits: int, group_size: int | None, factor: float = 1.0, dtype: torch.dt
         new: Any = Int8Embedding(shape, factor=factor, dtype=dtype)
         new.set_rows(slice(0, ROWS), torch.randint(-127, 128, shape, generator=generator), scale)
         return new
-    new = Int4Embedding(shape, group_size=group_size, factor=factor, dtype=dtype)
+    new = Int4Embedding(shape, group_size=group_size, blocks=blocks, factor=factor, dtype=dtype)
     multiplier = None
     if group_size is not None:
         multiplier = torch.randint(1, 16, (ROWS, CHANNELS // group_size), generator=generator)
@@ -58,7 +60,15 @@ def values(embedding: QuantizedEmbedding) -> Tensor:
         byte = tensors["weight_packed"][:, start // 2 + place % (block // 2)]
         codes[:, channel] = (byte & 15 if place < block // 2 else byte >> 4).astype(float) - 8
     multiplier = tensors.get("weight_multiplier", np.ones((ROWS, 1)))
-    return torch.from_numpy(codes * np.repeat(multiplier, CHANNELS // multiplier.shape[1], 1) * scale)
+    rows = codes * np.repeat(multiplier, CHANNELS // multiplier.shape[1], 1) * scale
+    rotation = getattr(embedding, "rotation", None)
+    if rotation is not None:
+        block = rotation.plan.block
+        matrix = np.ones((1, 1))
+        while len(matrix) < block:  # Sylvester's.
+            matrix = np.block([[matrix, matrix], [matrix, -matrix]]) / 2**0.5
+        rows = (rows.reshape(ROWS, -1, block) @ matrix.T).reshape(ROWS, CHANNELS)
+    return torch.from_numpy(rows)
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)
@@ -72,7 +82,7 @@ def test_rows_are_those_asked_for(embedding: Any, shape: tuple[int, ...], dtype:
     tokens = torch.randint(0, ROWS, shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
     found = embedding(tokens)
     assert found.shape == (*shape, CHANNELS)
-    torch.testing.assert_close(found.double(), values(embedding)[tokens.long()], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.double(), values(embedding)[tokens.long()], rtol=1e-5, atol=1e-5)
 
 
 def test_a_token_that_there_is_not_is_an_error(embedding: Any) -> None:
@@ -83,7 +93,7 @@ def test_a_token_that_there_is_not_is_an_error(embedding: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_gemmas_factor_is_rounded_as_transformers_does(
-    kind: tuple[int, int | None], dtype: torch.dtype
+    kind: tuple[int, int | None, int], dtype: torch.dtype
 ) -> None:
     """Bit for bit the scaled embedding of transformers, of the rows rounded to its dtype."""
     factor = 640**0.5
@@ -117,7 +127,7 @@ def test_casts_copies_and_pickles(embedding: Any) -> None:
     again = pickle.loads(pickle.dumps(half.to(torch.float32)))
     assert again(tokens).dtype == torch.float32
     assert torch.equal(again(tokens), expected)
-    other: Any = made(8, None) if isinstance(embedding, Int8Embedding) else made(4, embedding.group_size)
+    other: Any = copy.deepcopy(embedding)
     other.weight_scale.fill_(3)
     other.load_state_dict(embedding.state_dict())
     assert torch.equal(other(tokens), expected)
@@ -177,3 +187,30 @@ def test_lookup_and_logits_are_one_graph(embedding: Any) -> None:
         tokens = torch.arange(2 * count).view(2, count)
         torch.testing.assert_close(compiled(tokens), run(tokens))
     torch.compiler.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(embedding: Any) -> None:
+    """The same rows as on a CPU, in a CUDA graph and in a compiled one, and a head within its rounding."""
+    there = copy.deepcopy(embedding).to("cuda", torch.bfloat16)
+    here = copy.deepcopy(embedding).to(torch.bfloat16)
+    head = SharedHead(there)
+    tokens = torch.arange(ROWS, device="cuda")
+    torch.testing.assert_close(there(tokens).cpu(), here(tokens.cpu()), rtol=2**-7, atol=1e-4)
+    x = torch.randn(3, CHANNELS, generator=torch.Generator().manual_seed(5))
+    expected = x.double() @ values(embedding).T
+    for _ in range(3):
+        found = head(x.cuda().bfloat16()).cpu().double()
+        assert float((found - expected).norm() / expected.norm()) < 0.01
+    given = tokens[:5].clone()
+    there(given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows = there(given)
+    given.copy_(tokens[7:12])
+    graph.replay()
+    assert torch.equal(rows, there(tokens[7:12]))
+    compiled: Any = torch.compile(lambda tokens: head(there(tokens)), fullgraph=True)
+    plain = head(there(tokens))
+    assert float((compiled(tokens) - plain).norm() / plain.norm()) < 0.02

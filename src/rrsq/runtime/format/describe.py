@@ -54,6 +54,8 @@ def describe_embedding(info: CheckpointInfo) -> str:
     groups = "one scale a row"
     if embedding.bits == 4 and embedding.group_size is not None:
         groups = f"groups of up to {embedding.group_size} with signed multipliers"
+    if embedding.bits == 4 and embedding.blocks > 1:
+        groups += f", rotated in blocks of up to {embedding.blocks}"
     return f"INT{embedding.bits}, {groups}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,16 +12,19 @@ from torch.compiler import is_compiling
 
 from ... import kernels
 from ...errors import RecipeError
+from ..rotation.hadamard import HadamardPlan
 from .gradient import StraightThrough, needs_gradient
-from .input import InputQuantizer, InputScheme
+from .input import InputQuantizer, InputScheme, Weight
 from .linear import PackedWeight
 from .prepared import QuantizedWeight
+from .rotation import OnlineHadamard
 
 __all__ = [
     "Int4Embedding",
     "Int8Embedding",
     "QuantizedEmbedding",
     "SharedHead",
+    "block_rotation",
     "embedding_factor",
     "int8_rows",
     "packed_rows",
@@ -46,13 +50,23 @@ def embedding_factor(embedding: nn.Module) -> float:
     )
 
 
+def block_rotation(channels: int, blocks: int) -> OnlineHadamard | None:
+    """The rotation of rows of so many channels in blocks (:attr:`rrsq.recipe.Embedding.blocks`), or None."""
+    block = math.gcd(blocks, channels)
+    return OnlineHadamard(HadamardPlan(channels, block, 1)) if block > 1 else None
+
+
 def int8_rows(weight_int8: Tensor, weight_scale: Tensor, index: Tensor | slice) -> Tensor:
     """Rows ``index`` (int64 ``[n]``) of an :class:`Int8Embedding`, float32 ``[n, channels]``."""
     return weight_int8[index].float() * weight_scale[index].unsqueeze(1)
 
 
 def packed_rows(
-    weight_packed: Tensor, weight_scale: Tensor, weight_multiplier: Tensor | None, index: Tensor | slice
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    rotation: OnlineHadamard | None,
+    index: Tensor | slice,
 ) -> Tensor:
     """Rows ``index`` (int64 ``[n]``) of an :class:`Int4Embedding`, float32 ``[n, channels]``."""
     codes = kernels.unpack_int4(weight_packed[index])
@@ -60,7 +74,8 @@ def packed_rows(
         multiplier = weight_multiplier[index]
         grouped = codes.view(*multiplier.shape, codes.shape[1] // multiplier.shape[1])
         codes = (grouped * multiplier.unsqueeze(-1)).view(codes.shape)  # Within int8: 8 times 15.
-    return codes.float() * weight_scale[index].unsqueeze(1)
+    rows = codes.float() * weight_scale[index].unsqueeze(1)
+    return rows if rotation is None or not rows.shape[0] else rotation.inverse(rows)
 
 
 class QuantizedEmbedding(QuantizedWeight):
@@ -112,17 +127,11 @@ class QuantizedEmbedding(QuantizedWeight):
         return self._prepared.find(rows, self._prepare)(rows).view(*x.shape[:-1], self.num_embeddings)
 
     def _multiply(self, x: Tensor) -> Tensor:
-        operation, arguments = self._product()
-        y: Tensor = operation(x.reshape(-1, self.embedding_dim), *arguments)
-        return y.view(*x.shape[:-1], self.num_embeddings)
+        """``[..., channels]`` to logits ``[..., rows]``."""
+        raise NotImplementedError
 
     def _prepare(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
-        operation, arguments = self._product()
-        prepared: Callable[[Tensor], Tensor] = operation.prepare(rows, *arguments)
-        return prepared
-
-    def _product(self) -> tuple[Any, tuple[Any, ...]]:
-        """What multiplies tokens by the rows, and its arguments behind them."""
+        """The same for tokens like ``rows`` ``[tokens, channels]``, all that stays the same looked up."""
         raise NotImplementedError
 
     def _values(self, index: Tensor | slice) -> Tensor:
@@ -172,19 +181,28 @@ class Int8Embedding(QuantizedEmbedding):
         self.weight_scale[rows] = scale.to(self.weight_scale.device)
         self._forget()
 
-    def _product(self) -> tuple[Any, tuple[Any, ...]]:
-        return kernels.linear_w8a16, (self.weight_int8, self.weight_scale, None)
+    def _multiply(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.embedding_dim)
+        y = kernels.linear_w8a16(rows, self.weight_int8, self.weight_scale, None)
+        return y.view(*x.shape[:-1], self.num_embeddings)
+
+    def _prepare(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        return kernels.linear_w8a16.prepare(rows, self.weight_int8, self.weight_scale, None)
 
     def _values(self, index: Tensor | slice) -> Tensor:
         return int8_rows(self.weight_int8, self.weight_scale, index)
 
 
 class Int4Embedding(QuantizedEmbedding, PackedWeight):
-    """One scale a row, with signed multipliers of groups of its channels.
+    """One scale a row, with signed multipliers of groups of its channels; rows are rotated in blocks.
+
+    Outliers among the channels of a row are spread over a block by it. What is looked up is rotated back;
+    for a tied head the hidden states are rotated instead, as ``h Eᵀ = (h R) (E R)ᵀ``.
 
     Args:
         shape: rows, and channels of one.
         group_size: channels a multiplier covers, a divisor of the channels; None for no multipliers.
+        blocks: see :func:`block_rotation`.
         factor, dtype: see :class:`QuantizedEmbedding`.
 
     Attributes:
@@ -192,23 +210,43 @@ class Int4Embedding(QuantizedEmbedding, PackedWeight):
     """
 
     def __init__(
-        self, shape: tuple[int, int], *, group_size: int | None, factor: float, dtype: torch.dtype
+        self,
+        shape: tuple[int, int],
+        *,
+        group_size: int | None,
+        blocks: int,
+        factor: float,
+        dtype: torch.dtype,
     ) -> None:
         PackedWeight.__init__(
             self,
             shape,
             group_size=group_size,
             signed=True,
-            input_quantizer=InputQuantizer(InputScheme(shape[1])),
+            input_quantizer=InputQuantizer(InputScheme(shape[1]), block_rotation(shape[1], blocks)),
         )
         self._describe(shape, factor, dtype)
 
-    def _product(self) -> tuple[Any, tuple[Any, ...]]:
+    @property
+    def rotation(self) -> OnlineHadamard | None:
+        """Of the rows."""
+        return self.input_quantizer.rotation
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        y = self.input_quantizer(x).multiply(self._weight(), x.dtype)
+        return y.view(*x.shape[:-1], self.num_embeddings)
+
+    def _prepare(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        rotate, multiply = self.input_quantizer.prepare_linear(rows, self._weight())
+        return lambda rows: multiply(*rotate(rows))
+
+    def _weight(self) -> Weight:
         weight = self.weight_packed, self.weight_scale, self.weight_multiplier
-        return kernels.linear_w4a16, (*weight, None, self._cpu_operand())
+        return Weight(*weight, None, self._cpu_operand())
 
     def _values(self, index: Tensor | slice) -> Tensor:
-        return packed_rows(self.weight_packed, self.weight_scale, self.weight_multiplier, index)
+        weight = self.weight_packed, self.weight_scale, self.weight_multiplier
+        return packed_rows(*weight, self.rotation, index)
 
 
 class SharedHead(nn.Module):
