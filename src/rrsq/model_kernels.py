@@ -138,7 +138,9 @@ def examine_model(
         ServedInput(kind.path, tuple(layers), kind.channels, kind.preparation, kind.product)
         for kind, layers in kinds.items()
     ]
-    return ModelKernels(recipe.name, quantized, (*inputs, _head(model, family, recipe, target, dtype)))
+    return ModelKernels(
+        recipe.name, quantized, (*inputs, _head(model, family, recipe, rotations, target, dtype))
+    )
 
 
 def _served(
@@ -239,22 +241,39 @@ def _rotation_facts(rotation: OnlineHadamard, channels: int) -> dict[str, int]:
     return dict(rotation_sizes(channels, plan.base, plan.block, rotation.inner))
 
 
-def _head(model: Any, family: ModelFamily, recipe: Recipe, target: Target, dtype: torch.dtype) -> ServedInput:
+def _head(
+    model: Any,
+    family: ModelFamily,
+    recipe: Recipe,
+    rotations: Rotations,
+    target: Target,
+    dtype: torch.dtype,
+) -> ServedInput:
+    import torch
+
     from . import kernels
-    from .runtime.scheme import group_size_for, head_is_kept
+    from .runtime.modules.embedding import block_rotation
+    from .runtime.scheme import group_size_for, head_is_kept, head_shares_codes, keeps_tie
 
     rows, channels = model.get_submodule(family.head).weight.shape
     product = Step("library")
     facts: dict[str, Any] = {"x": dtype, "in_features": channels, "out_features": rows}
-    if head_is_kept(recipe, family):
+    tied = keeps_tie(recipe, family, folds_residual=rotations.residual is not None)
+    bits, group_size, preparation = recipe.head.bits, recipe.weights.group_size, None
+    if tied and head_shares_codes(recipe, family, model.config):
+        bits, group_size = recipe.embedding.bits, recipe.embedding.group_size
+        rotation = block_rotation(channels, recipe.embedding.blocks) if bits == 4 else None
+        if rotation is not None:
+            preparation = _rotation(rotation, channels, torch.float32, target)
+    elif head_is_kept(recipe, family):
         return ServedInput(family.head, (), channels, None, product)
-    if recipe.head.bits == 8:
+    if bits == 8:
         product = _step(kernels.linear_w8a16, target, facts)
-    elif recipe.head.bits == 4:
-        if recipe.weights.group_size is not None:
-            facts["weight_group_size"] = group_size_for(recipe.weights.group_size, channels)
+    elif bits == 4:
+        if group_size is not None:
+            facts["weight_group_size"] = group_size_for(group_size, channels)
         product = _step(kernels.linear_w4a16, target, facts)
-    return ServedInput(family.head, (), channels, None, product)
+    return ServedInput(family.head, (), channels, preparation, product)
 
 
 def _step(operation: Operation[..., Any], target: Target, facts: Facts) -> Step:

@@ -20,6 +20,7 @@ __all__ = [
     "LARGEST",
     "Activations",
     "CacheTensor",
+    "Embedding",
     "Head",
     "KVCache",
     "Override",
@@ -222,11 +223,32 @@ class KVCache(_Part):
     )
 
 
-class Head(_Part):
-    """The output head, which is quantized in its weights only; the embedding stays in 16 bits."""
+class Embedding(_Part):
+    """The embedding, whose rows are rounded to nearest; a tied head shares them where it can."""
 
     bits: Literal[16, 8, 4] = Field(
-        default=16, description="8: rounded to nearest, one scale a row; 4: as the weights section says"
+        default=16, description="8: one scale a row; 4: signed multipliers in groups of a row"
+    )
+    group_size: int | None = Field(
+        default=32,
+        ge=2,
+        le=LARGEST,
+        description="4 bits: channels a multiplier covers; null: one scale a row",
+    )
+    blocks: Literal[1, 2, 4, 8, 16, 32, 64] = Field(
+        default=32,
+        description="4 bits: rows are rotated in blocks of so many neighbouring channels (at most what"
+        " divides them), and back as they are looked up",
+    )
+
+
+class Head(_Part):
+    """The output head, which is quantized in its weights only."""
+
+    bits: Literal[16, 8, 4] = Field(
+        default=16,
+        description="8: rounded to nearest, one scale a row; 4: as the weights section says; 16: as it is, or"
+        " with a tied embedding's codes",
     )
 
 
@@ -255,6 +277,7 @@ class Recipe(_Part):
     weights: Weights = Weights()
     activations: Activations = Activations()
     kv_cache: KVCache | None = None
+    embedding: Embedding = Embedding()
     head: Head = Head()
     modules_to_not_convert: tuple[str, ...] = Field(
         default=(), description="patterns of module names that stay in full precision, such as *.o_proj"

@@ -22,9 +22,9 @@ def _traced_anew() -> Any:
     torch.compiler.reset()
 
 
-def ready(name: str) -> Any:
+def ready(name: str, *overrides: str) -> Any:
     windows = random_tokens(2, 16, seed=1)
-    model = quantize_model(tiny_model(name), recipe_of("rrs-w4a4kv4"), windows).model.eval()
+    model = quantize_model(tiny_model(name), recipe_of("rrs-w4a4kv4", overrides), windows).model.eval()
     make_ready(model)
     return model
 
@@ -44,6 +44,17 @@ def logits_of(model: Any, forward: Any, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
 def test_a_forward_pass_is_one_graph(name: str) -> None:
     model = ready(name)
+    tokens = random_tokens(1, 7)
+    expected = logits_of(model, model.forward, tokens)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    logits = logits_of(model, compiled, tokens)
+    assert float((logits - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_embedding_and_the_head_that_shares_it_are_in_the_graph(bits: int) -> None:
+    model = ready("gemma3_text", f"embedding.bits={bits}")
+    assert type(model.lm_head).__name__ == "SharedHead"
     tokens = random_tokens(1, 7)
     expected = logits_of(model, model.forward, tokens)
     compiled = torch.compile(model.forward, fullgraph=True, backend="eager")

@@ -221,6 +221,10 @@ def test_an_odd_number_of_input_channels_is_refused_unless_it_is_kept(tiny_llama
     ("setting", "message"),
     [
         ("head.bits=3", r"head\.bits"),
+        ("embedding.bits=3", r"embedding\.bits"),
+        ("embedding.blocks=3", r"embedding\.blocks"),
+        ("embedding.group_size=1", r"embedding\.group_size"),
+        ("embedding.method=gptq", "unknown key 'embedding.method'"),
         ("overrides=[{match: '*.down'}]", "overrides nothing"),
         ("overrides=[{activations: {bits: 8}}]", r"overrides\.0\.match"),
         ("overrides=[{match: '*', activation: {bits: 8}}]", "unknown key 'overrides.0.activation'"),

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 import rrsq
 from rrsq.errors import UsageError
 from rrsq.runtime.modules.linear import QuantizedLinear
-from tiny_quantized import logits_of, random_tokens
+from tiny_quantized import logits_of, quantize_tiny, random_tokens, recipe_of, save_tiny
 
 TOKENS = random_tokens(4, 16)
 LINEARS = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -161,3 +161,31 @@ def test_other_models_are_adapted_as_before(tiny_qwen2_dir: Path) -> None:
     model = get_peft_model(load(tiny_qwen2_dir), LoraConfig(target_modules=["q_proj"]))
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert type(layer) is peft.tuners.lora.Linear
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_beside_a_quantized_embedding_with_a_tied_head(
+    bits: int, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """The gradients are those of the same model with the embedding that the codes stand for."""
+    recipe = recipe_of("rrs-w4a4kv4", [f"embedding.bits={bits}"])
+    out = save_tiny(quantize_tiny(tiny_llama_dir, recipe), tiny_llama_dir, tmp_path / "out")
+    gradients = []
+    for floating in (False, True):
+        model = adapted(out, "q_proj", "v_proj")
+        inner = model.base_model.model
+        if floating:
+            rows = inner.model.embed_tokens(torch.arange(inner.config.vocab_size))
+            inner.model.embed_tokens = nn.Embedding.from_pretrained(rows)
+            inner.lm_head = nn.Linear(*reversed(rows.shape), bias=False)
+            inner.lm_head.weight = nn.Parameter(rows, requires_grad=False)
+        model.enable_input_require_grads()
+        inner.gradient_checkpointing_enable()
+        model.train()
+        model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == 3 * 4
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="not supported"):
+        adapted(out, "embed_tokens")

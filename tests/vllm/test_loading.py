@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from fake_vllm import REASON, engine_config, has_vllm, serve, tensors_of
-from servable import EXPERTS, SIZES, llama
+from servable import EXPERTS, SERVABLE, SIZES, llama
 from transformers import GemmaConfig
 
 from rrsq.errors import CheckpointError, UsageError
@@ -55,6 +55,21 @@ def test_a_missing_tensor_that_is_not_quantized(name: str, make: Make) -> None:
     del weights[name]
     with pytest.raises(CheckpointError, match=f"lacks the tensor '{name}'"):
         serve(folder, weights=weights)
+
+
+@pytest.mark.parametrize("kind", ["weight_packed", "weight_scale", "weight_multiplier"])
+def test_a_missing_tensor_of_an_embedding(kind: str, make: Make) -> None:
+    folder = make("gemma", SERVABLE["gemma"](), ["embedding.bits=4"])
+    weights = dict(tensors_of(folder))
+    assert not any(name.startswith("lm_head.") for name in weights)
+    scale = weights["model.embed_tokens.weight_scale"].clone()
+    removed = weights.pop(f"model.embed_tokens.{kind}")
+    with pytest.raises(CheckpointError, match=rf"lacks the tensor 'model\.embed_tokens\.{kind}'"):
+        serve(folder, weights=weights)
+    weights[f"model.embed_tokens.{kind}"] = removed
+    scale[3] = float("nan")
+    with pytest.raises(CheckpointError, match="weight_scale"):
+        serve(folder, weights={**weights, "model.embed_tokens.weight_scale": scale})
 
 
 def test_a_surplus_tensor(make: Make) -> None:

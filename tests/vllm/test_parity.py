@@ -130,3 +130,28 @@ def test_16_bit_linears_do_not_bind_processes(make: Make) -> None:
     """Their rotation is taken back, so that it may mix the channels of different processes."""
     folder = make("llama", llama(), ["modules_to_not_convert=['*.o_proj', '*.down_proj']", *FLOAT])
     assert difference(folder, 4).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", SERVABLE)
+def test_embeddings_of_every_family(name: str, bits: int, ranks: int, make: Make) -> None:
+    """Tied heads share the codes, others do not; rows are those of one process."""
+    folder = make(name, SERVABLE[name](), [f"embedding.bits={bits}", *FLOAT])
+    assert difference(folder, ranks).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["embedding={bits: 4, group_size: null}"],
+        ["embedding.bits=8", "head.bits=8"],
+        ["embedding.bits=4", "head.bits=8"],
+        ["embedding.bits=8", "head.bits=4"],
+        ["embedding.bits=8", "modules_to_not_convert=[lm_head]"],
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "granite"])
+def test_embeddings_beside_heads_of_their_own(name: str, overrides: list[str], make: Make) -> None:
+    folder = make(name, SERVABLE[name](), [*overrides, *FLOAT])
+    assert difference(folder, 2).abs().max() < 1e-4

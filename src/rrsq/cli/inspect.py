@@ -56,8 +56,9 @@ def inspect(
         return
     checkpoint = Path(located)
     info = read_info(checkpoint)
-    stdout.print(_overview(checkpoint, read_config(checkpoint), info))
-    stdout.print(_tensors(checkpoint_contents(checkpoint)))
+    contents = checkpoint_contents(checkpoint)
+    stdout.print(_overview(checkpoint, read_config(checkpoint), info, contents))
+    stdout.print(_tensors(contents))
     if layers:
         stdout.print(_layers(info))
 
@@ -79,15 +80,19 @@ def _forecast(model: str, data_root: Path | None) -> None:
     )
 
 
-def _overview(checkpoint: Path, config: dict[str, Any], info: CheckpointInfo) -> Table:
+def _overview(
+    checkpoint: Path, config: dict[str, Any], info: CheckpointInfo, contents: dict[str, tuple[int, int, int]]
+) -> Table:
     from rrsq.runtime.format.describe import (
         describe_activations,
         describe_cache,
         describe_calibration,
+        describe_embedding,
         describe_exceptions,
         describe_head,
         describe_rotation,
         describe_weights,
+        shares_head,
     )
 
     exceptions = describe_exceptions(info)
@@ -100,7 +105,8 @@ def _overview(checkpoint: Path, config: dict[str, Any], info: CheckpointInfo) ->
         ("weights", describe_weights(info)),
         ("activations", describe_activations(info)),
         ("KV cache", describe_cache(info)),
-        ("output head", describe_head(info)),
+        ("embedding", describe_embedding(info)),
+        ("output head", describe_head(info, shared=shares_head(info, contents))),
         *([("except", exceptions)] if exceptions else []),
         ("rotation", describe_rotation(info)),
         ("calibration", describe_calibration(info)),

@@ -85,7 +85,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
     """Undo :func:`pack_int4`: uint8 ``[out, in/2]`` to int8 codes ``[out, in]``."""
     out_features, half_features = packed.shape
     half = pack_block(2 * half_features) // 2
-    blocks = packed.view(out_features, -1, 1, half)
+    blocks = packed.view(out_features, half_features // half, 1, half)
     nibbles = torch.cat((blocks & 0xF, blocks >> 4), dim=2)
     return (nibbles.view(torch.int8) - _NIBBLE_OFFSET).reshape(out_features, 2 * half_features)
 

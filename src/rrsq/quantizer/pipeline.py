@@ -25,13 +25,21 @@ from ..runtime.assemble import RotationSigns, key_rotary, treated_inputs
 from ..runtime.format.loading import check_token_ids
 from ..runtime.modules.linear import QuantizedLinear
 from ..runtime.rotation.rotations import Rotations, make_rotations
-from ..runtime.scheme import changes_linears, check_recipe, head_is_kept, treatment
+from ..runtime.scheme import (
+    changes_linears,
+    check_recipe,
+    head_is_kept,
+    head_shares_codes,
+    keeps_tie,
+    treatment,
+)
 from .cache import SENSITIVE_KEY_BITS, quantize_cache, sensitive_layers
 from .calibration.stored import StoredCalibration
 from .calibration.stream import HiddenStates
 from .calibration.workers import ALONE, Workers
 from .checks import check_result, check_rope, check_stored
 from .dense import quantize_input
+from .embedding import quantize_embedding
 from .experts import HESSIAN_BYTES, quantize_experts
 from .fold.blocks import rotate_in_blocks
 from .fold.rotations import fold_embedding, fold_head, fold_layer, untie_head
@@ -119,7 +127,7 @@ def quantize_model(
     report = QuantizationReport(bytes_before=store.bytes_before)
     with PeakMemory(plan.device) as memory:
         store.check()
-        if plan.rotations.residual is not None or not head_is_kept(recipe, family):
+        if not keeps_tie(recipe, family, folds_residual=plan.rotations.residual is not None):
             untie_head(model, family)
         _begin(plan, store, report)
         activations = _activations(plan, calibration, store, workers, stream_dtype)
@@ -200,7 +208,7 @@ def _steps_of(plan: _Plan, layer: nn.Module, activations: Activations) -> int:
 
 
 def _begin(plan: _Plan, store: ModelStore, report: QuantizationReport) -> None:
-    """Rotate the embedding, or take up what an earlier run finished."""
+    """Rotate and quantize the embedding, or take up what an earlier run finished."""
     for path in plan.embeddings:
         store.open(path)
     if store.progressed is not None:
@@ -210,6 +218,7 @@ def _begin(plan: _Plan, store: ModelStore, report: QuantizationReport) -> None:
         store.open(path)
         store.close(path)
     fold_embedding(plan.model, plan.family, plan.rotations)
+    quantize_embedding(plan.model, plan.family, plan.recipe, plan.device)
 
 
 def _activations(
@@ -306,7 +315,9 @@ def _quantize_layer(
 def _end(plan: _Plan, store: ModelStore, activations: Activations, report: QuantizationReport) -> None:
     """What stands behind the layers: the final norm, the output head, and the rotations' signs."""
     model, family, recipe = plan.model, plan.family, plan.recipe
-    for path in (family.final_norm, family.head):
+    shared = head_shares_codes(recipe, family, model.config)
+    paths = (family.final_norm,) if shared else (family.final_norm, family.head)
+    for path in paths:
         store.open(path)
     fold_head(model, family, plan.rotations)
     hessian = None
@@ -316,7 +327,7 @@ def _end(plan: _Plan, store: ModelStore, activations: Activations, report: Quant
     if recipe.rotation is not None:
         model.rotation_signs = RotationSigns(plan.rotations)
         store.close("rotation_signs")
-    for path in (family.final_norm, family.head):
+    for path in paths:
         check_result(model.get_submodule(path), path)
         store.close(path)
 

@@ -16,8 +16,9 @@ from torch import nn
 
 from ..models import LinearInput, ModelFamily, family_for
 from ..recipe import Recipe
-from ..runtime.scheme import head_is_kept, sections, treatment
+from ..runtime.scheme import embedding_is_kept, group_size_for, head_is_kept, sections, treatment
 from .calibration.hessian import SymmetricSum
+from .embedding import PIECE
 from .experts import HESSIAN_BYTES, batches_of_experts
 from .needs import needs_hessian
 
@@ -30,6 +31,7 @@ _STREAM = 2  # bfloat16
 # the search four in float32, refinement six.
 _PIECE = 2**24
 _FOLDED, _SEARCHED, _REFINED = 5 * 8 + 2, 4 * 4, 6 * 4
+_ROUNDED = 2 * 4 + _SEARCHED  # Of a piece of the embedding, itself, rotated, and what its search takes.
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def projected_memory(
     host = max(
         *(_bytes(layer) + routed for _, layer in distinct.values()),
         *(_bytes(module) + folded * _piece(module) for module in ends),
+        _embedding_peak(ends[0], family, recipe),
         *(_bytes(module) for module in others),
         _bytes(ends[0]) + 3 * _FLOAT * batch * hidden,
     )
@@ -104,6 +107,18 @@ def projected_memory(
     quantized = any(activations.bits < 16 for _, activations in sections(recipe))
     working = 2 * _FLOAT * batch * widest * quantized
     return ProjectedMemory(device, host, samples * tokens * hidden * _STREAM, routed, offloaded, working)
+
+
+def _embedding_peak(embedding: nn.Module, family: ModelFamily, recipe: Recipe) -> int:
+    """The embedding beside its codes, a piece of it being rounded."""
+    if embedding_is_kept(recipe, family):
+        return _bytes(embedding)
+    rows, channels = embedding.get_parameter("weight").shape
+    codes = rows * (channels + _FLOAT)
+    if recipe.embedding.bits == 4:
+        group_size = group_size_for(recipe.embedding.group_size, channels)
+        codes = rows * (channels // 2 + _FLOAT + (0 if group_size is None else channels // group_size))
+    return _bytes(embedding) + codes + _ROUNDED * min(PIECE, rows * channels)
 
 
 def _bytes(module: nn.Module) -> int:

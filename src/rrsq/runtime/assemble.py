@@ -13,19 +13,29 @@ from ..models import LinearInput, ModelFamily, ModelSizes
 from ..recipe import CacheTensor, KVCache, Recipe, Weights
 from .kv_cache.quantizer import CacheScheme, KVQuantizer
 from .kv_cache.rope import KeyRotary
+from .modules.embedding import Int4Embedding, Int8Embedding, QuantizedEmbedding, SharedHead, embedding_factor
 from .modules.experts import Experts, QuantizedExpertLinear
 from .modules.input import InputQuantizer, InputScheme
 from .modules.int8_linear import Int8Linear
 from .modules.linear import FusedLinears, PackedWeight, QuantizedLinear
 from .modules.rotation import RotatedLinear, online_rotation
 from .rotation.rotations import Rotations
-from .scheme import Treatment, changes_linears, group_size_for, head_is_kept, input_scheme
+from .scheme import (
+    Treatment,
+    changes_linears,
+    embedding_is_kept,
+    group_size_for,
+    head_is_kept,
+    head_shares_codes,
+    input_scheme,
+)
 
 __all__ = [
     "RotationSigns",
     "attach_kv_quantizer",
     "key_rotary",
     "open_experts",
+    "quantize_embedding_module",
     "quantize_head_module",
     "quantize_input_modules",
     "settle",
@@ -121,8 +131,41 @@ def _empty(linear: Any, weights: Weights, quantizer: InputQuantizer) -> PackedWe
     )
 
 
+def quantize_embedding_module(
+    model: nn.Module, family: ModelFamily, recipe: Recipe
+) -> QuantizedEmbedding | None:
+    """Replace the embedding by an empty quantized one; None, and nothing is done, where it is kept.
+
+    Raises:
+        RecipeError: the embedding is of a kind that cannot be quantized.
+    """
+    if embedding_is_kept(recipe, family):
+        return None
+    embedding: Any = model.get_submodule(family.embedding)
+    shape, dtype = tuple(embedding.weight.shape), embedding.weight.dtype
+    factor = embedding_factor(embedding)
+    new: QuantizedEmbedding
+    if recipe.embedding.bits == 8:
+        new = Int8Embedding(shape, factor=factor, dtype=dtype)
+    else:
+        group_size = group_size_for(recipe.embedding.group_size, shape[1])
+        blocks = recipe.embedding.blocks
+        new = Int4Embedding(shape, group_size=group_size, blocks=blocks, factor=factor, dtype=dtype)
+    model.set_submodule(family.embedding, new)
+    return new
+
+
 def quantize_head_module(model: nn.Module, family: ModelFamily, recipe: Recipe) -> nn.Module | None:
-    """Replace the output head by an empty quantized one; None, and nothing is done, where it is kept."""
+    """Replace the output head by an empty quantized one, or by one that shares a tied embedding's codes.
+
+    Returns:
+        The empty one; None where there is none to fill, because the head is kept or shares.
+    """
+    if head_shares_codes(recipe, family, model.config):
+        model.set_submodule(family.head, SharedHead(model.get_submodule(family.embedding)))
+        tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+        tied.pop(f"{family.head}.weight", None)  # transformers need not tie what is one.
+        return None
     if head_is_kept(recipe, family):
         return None
     head: Any = model.get_submodule(family.head)

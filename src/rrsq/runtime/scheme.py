@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -19,9 +20,12 @@ __all__ = [
     "changes_linears",
     "check_patterns",
     "check_recipe",
+    "embedding_is_kept",
     "group_size_for",
     "head_is_kept",
+    "head_shares_codes",
     "input_scheme",
+    "keeps_tie",
     "sections",
     "treatment",
 ]
@@ -80,6 +84,41 @@ def head_is_kept(recipe: Recipe, family: ModelFamily) -> bool:
     return recipe.head.bits == 16 or _matches(family.head, recipe.modules_to_not_convert)
 
 
+def embedding_is_kept(recipe: Recipe, family: ModelFamily) -> bool:
+    """Whether the embedding stays in full precision."""
+    return recipe.embedding.bits == 16 or _matches(family.embedding, recipe.modules_to_not_convert)
+
+
+def head_shares_codes(recipe: Recipe, family: ModelFamily, config: Any) -> bool:
+    """Whether the head of a quantized model multiplies by the codes of its embedding.
+
+    Args:
+        recipe: what was done.
+        family: of the model.
+        config: of the quantized model, which says whether they are still tied; see :func:`keeps_tie`.
+    """
+    return bool(config.tie_word_embeddings) and not embedding_is_kept(recipe, family)
+
+
+def keeps_tie(recipe: Recipe, family: ModelFamily, *, folds_residual: bool) -> bool:
+    """Whether an output head that is tied to the embedding stays so, and has its codes if it is quantized.
+
+    Not where R1 is folded, since the head then takes up the final norm's gain, and not where the recipe
+    treats the head by itself.
+
+    Args:
+        recipe: what is done.
+        family: of the model.
+        folds_residual: R1 is folded into the weights.
+    """
+    if folds_residual:
+        return False
+    if embedding_is_kept(recipe, family):
+        return head_is_kept(recipe, family)
+    alike = recipe.head.bits == 16 or recipe.head.bits == recipe.embedding.bits == 8
+    return alike and not _matches(family.head, recipe.modules_to_not_convert)
+
+
 def check_patterns(recipe: Recipe, family: ModelFamily, model: nn.Module) -> None:
     """Refuse patterns that match nothing in a model.
 
@@ -94,7 +133,7 @@ def check_patterns(recipe: Recipe, family: ModelFamily, model: nn.Module) -> Non
             linears += [(family.layer_name(index), path) for path in entry.linear_paths]
     for field, patterns, paths, others in (
         ("overrides", [override.match for override in recipe.overrides], inputs, []),
-        ("modules_to_not_convert", recipe.modules_to_not_convert, linears, [family.head]),
+        ("modules_to_not_convert", recipe.modules_to_not_convert, linears, [family.embedding, family.head]),
     ):
         names = [*(f"{layer}.{path}" for layer, path in paths), *others]
         for pattern in patterns:
@@ -112,8 +151,8 @@ def check_recipe(recipe: Recipe, family: ModelFamily, model: nn.Module) -> None:
     """Refuse what a recipe cannot do to a model.
 
     Raises:
-        RecipeError: a pattern matches nothing, a linear to quantize has an odd number of input channels, or
-            R1 would be folded while other modules write to the residual stream.
+        RecipeError: a pattern matches nothing, a linear or an embedding to quantize has an odd number of
+            channels, or R1 would be folded while other modules write to the residual stream.
     """
     check_patterns(recipe, family, model)
     _check_channels(recipe, family, model)
@@ -136,6 +175,13 @@ def _check_channels(recipe: Recipe, family: ModelFamily, model: nn.Module) -> No
                     f" Name its linears ({', '.join(entry.linears)}) in the recipe's modules_to_not_convert"
                     " to keep them in 16 bits."
                 )
+    embedding: Any = model.get_submodule(family.embedding)
+    hidden = embedding.embedding_dim
+    if hidden % 2 and recipe.embedding.bits == 4 and not embedding_is_kept(recipe, family):
+        raise RecipeError(
+            f"The embedding '{family.embedding}' has {hidden} channels, and 4-bit codes are stored in pairs."
+            " Use --set embedding.bits=8."
+        )
 
 
 def input_scheme(activations: Activations, entry: LinearInput, channels: int) -> InputScheme:

@@ -20,7 +20,7 @@ from ..runtime.format.json_files import read_config
 from ..runtime.format.shards import has_shards
 from ..runtime.format.validate import check_description, check_layers
 from ..runtime.kv_cache.quantizer import KVQuantizer
-from ..runtime.scheme import head_is_kept
+from ..runtime.scheme import head_is_kept, head_shares_codes
 from .cache import CacheMethod, has_quantized_cache
 from .experts import RRSQExpertsMethod
 from .head import HeadMethod
@@ -38,7 +38,8 @@ class RRSQConfig(QuantizationConfig):
     Attributes:
         info: the validated configuration.
         rotations: of the model.
-        family, places: of the model; known once vLLM has shown its configuration.
+        family, places: of the model; known once vLLM has shown its configuration, as is
+        shares_codes: whether the output head has the codes of the embedding.
         quantizers: of the KV cache, by layer; empty where vLLM keeps it in its own way. Known once the model
             is built, as are
         cached_layers: vLLM's attentions that have one, by layer, of this process.
@@ -46,6 +47,7 @@ class RRSQConfig(QuantizationConfig):
 
     family: ModelFamily
     places: Places
+    shares_codes: bool
 
     def __init__(self, info: CheckpointInfo) -> None:
         super().__init__()
@@ -101,6 +103,7 @@ class RRSQConfig(QuantizationConfig):
             if has_shards(folder):  # vLLM can make weights up (--load-format dummy).
                 check_layers(folder, hf_config.get_text_config().num_hidden_layers)
         self.places = Places(self.family, self.info.recipe)
+        self.shares_codes = head_shares_codes(self.info.recipe, self.family, hf_config)
         hf_config.architectures = [served_architecture(self.family.architecture)]
 
     @property
@@ -127,8 +130,9 @@ class RRSQConfig(QuantizationConfig):
             places = self.places.experts(prefix)
             quantized = bool(places) and all(all(place.quantized) for place in places.values())
             return RRSQExpertsMethod(layer.moe_config, places, self.rotations) if quantized else None
-        if isinstance(layer, ParallelLMHead) and not head_is_kept(self.info.recipe, self.family):
-            return HeadMethod(self.info.recipe)
+        if isinstance(layer, ParallelLMHead):
+            own = not self.shares_codes and not head_is_kept(self.info.recipe, self.family)
+            return HeadMethod(self.info.recipe) if own else None
         return CacheMethod(self, prefix) if has_quantized_cache(layer) else None
 
 

@@ -18,7 +18,9 @@ from vllm.model_executor.models.utils import maybe_prefix
 
 from ..models import families
 from ..runtime.modules.norms import replace_final_norm, replace_layer_norms
+from ..runtime.scheme import embedding_is_kept
 from .cache import quantized_cache
+from .head import quantize_embedding
 from .limits import check_servable
 from .loading import described_model, expected_tensors, load_checkpoint
 
@@ -67,6 +69,8 @@ class _Served(_Model):
         with quantized_cache(vllm_config, quant_config.family, described) as quantizers:
             quant_config.quantizers = quantizers
             self._build(vllm_config, prefix)
+        if not embedding_is_kept(quant_config.info.recipe, quant_config.family):
+            quantize_embedding(self, quant_config.places, shared=quant_config.shares_codes)
         self._checkpoint = (quant_config, expected_tensors(described))
 
     def _build(self, vllm_config: VllmConfig, prefix: str) -> None:

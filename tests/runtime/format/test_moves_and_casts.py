@@ -19,6 +19,7 @@ from tiny_quantized import logits_of, quantize_tiny, random_tokens, recipe_of, s
 TOKENS = random_tokens(2, 12)
 RECIPES = {
     "integer scales": ("rrs-w4a4kv4", ["kv_cache.values.offset=mean", "head.bits=8"]),
+    "a tied embedding": ("rrs-w4a4kv4", ["embedding.bits=4"]),
     "real scales": ("rrs-paper-w4a4kv4", ["kv_cache.keys.offset=mean", "head.bits=4"]),
 }
 STEPS = {
@@ -31,9 +32,12 @@ STEPS = {
 
 
 @pytest.fixture(scope="module", params=RECIPES.values(), ids=RECIPES)
-def folder(request: Any, tiny_qwen2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    quantized = quantize_tiny(tiny_qwen2_dir, recipe_of(*request.param))
-    return save_tiny(quantized, tiny_qwen2_dir, tmp_path_factory.mktemp("casts") / "out")
+def folder(
+    request: Any, tiny_qwen2_dir: Path, tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    source = tiny_llama_dir if "embedding.bits=4" in request.param[1] else tiny_qwen2_dir
+    quantized = quantize_tiny(source, recipe_of(*request.param))
+    return save_tiny(quantized, source, tmp_path_factory.mktemp("casts") / "out")
 
 
 def answers(model: Any) -> Tensor:

@@ -9,7 +9,7 @@ from rrsq.models import families, family_for
 from rrsq.recipe import Recipe
 from rrsq.runtime.format.format import CheckpointInfo, RotationInfo
 from rrsq.runtime.rotation.rotations import make_rotations
-from rrsq.runtime.scheme import head_is_kept
+from rrsq.runtime.scheme import keeps_tie
 
 __all__ = ["describe", "public_config", "public_shapes"]
 
@@ -83,6 +83,6 @@ def describe(config: Any, recipe: Recipe) -> dict[str, Any]:
         key_bits=() if cache is None else (cache.keys.bits,) * sizes.layers,
     )
     described = config.to_dict()
-    if rotations.residual is not None or not head_is_kept(recipe, family):
+    if not keeps_tie(recipe, family, folds_residual=rotations.residual is not None):
         described["tie_word_embeddings"] = False
     return {**described, "quantization_config": info.model_dump(mode="json")}

@@ -56,7 +56,7 @@ class HiddenStates:
         parts = windows.split(max(1, batch_tokens // windows.shape[1]))
         with torch.inference_mode():
             self._calls = layer_calls(model, family, parts[0][:1], device)
-        shape = (*windows.shape, embedding.weight.shape[1])
+        shape = (*windows.shape, embedding.embedding_dim)
         allocated = allocate(shape, dtype)
         # Page-locked memory is copied to and from a GPU several times as fast.
         pin = device.type == "cuda"

@@ -25,7 +25,7 @@ from ...runtime.format.format import CheckpointInfo, RotationInfo
 from ...runtime.format.integration import assemble_model
 from ...runtime.format.shards import DTYPES, SINGLE_SHARD, TensorPlace, raw_bytes
 from ...runtime.rotation.rotations import make_rotations
-from ...runtime.scheme import head_is_kept
+from ...runtime.scheme import keeps_tie
 from ...storage import allocate, sync_folder
 from .source import empty_model
 
@@ -58,7 +58,7 @@ def planned_tensors(config: Any, dtype: torch.dtype, recipe: Recipe) -> dict[str
         recipe.rotation, family.sizes(config), seed=0, folds_residual=family.folds_residual
     )
     config = copy.deepcopy(config)
-    if rotations.residual is not None or not head_is_kept(recipe, family):
+    if not keeps_tie(recipe, family, folds_residual=rotations.residual is not None):
         config.tie_word_embeddings = False
     model = empty_model(config, dtype)
     described = RotationInfo.model_validate(rotations.describe())

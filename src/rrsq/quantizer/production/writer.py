@@ -9,12 +9,14 @@ from typing import Any
 
 import yaml
 
+from ...models import family_for
 from ...recipe import Recipe
 from ...runtime.format.describe import (
     LAYER_COLUMNS,
     describe_activations,
     describe_cache,
     describe_calibration,
+    describe_embedding,
     describe_exceptions,
     describe_head,
     describe_layers,
@@ -22,6 +24,7 @@ from ...runtime.format.describe import (
     describe_weights,
 )
 from ...runtime.format.format import CalibrationInfo, CheckpointInfo, RotationInfo
+from ...runtime.scheme import head_shares_codes
 from ...storage import library_versions
 from ..outcome import QuantizationReport
 from ..pipeline import QuantizedModel
@@ -79,7 +82,8 @@ def write_beside(
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(info, quantized.report), encoding="utf-8")
+    shared = head_shares_codes(quantized.recipe, family_for(model.config), model.config)
+    (folder / "README.md").write_text(model_card(info, quantized.report, shared=shared), encoding="utf-8")
 
 
 def copy_processor(source: Path, folder: Path) -> None:
@@ -89,8 +93,11 @@ def copy_processor(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def model_card(info: CheckpointInfo, report: QuantizationReport) -> str:
-    """Markdown with the Hub's metadata block: how to run the model, what was done, and what it cost."""
+def model_card(info: CheckpointInfo, report: QuantizationReport, *, shared: bool = False) -> str:
+    """Markdown with the Hub's metadata block: how to run the model, what was done, and what it cost.
+
+    ``shared``: the output head has the embedding's codes.
+    """
     recipe = info.recipe
     head = {"library_name": "transformers", "tags": ["rrsq", *_tags(recipe)], "base_model": info.source_model}
     lines = [
@@ -123,7 +130,7 @@ def model_card(info: CheckpointInfo, report: QuantizationReport) -> str:
         "",
         "## What was done",
         "",
-        *_table(["", ""], _facts(info, report)),
+        *_table(["", ""], _facts(info, report, shared=shared)),
     ]
     if report.fallbacks:
         lines += ["", f"Rounded to nearest because GPTQ could not be used: {', '.join(report.fallbacks)}."]
@@ -146,14 +153,15 @@ def _tags(recipe: Recipe) -> list[str]:
     return ["4-bit", name] if "4" in name else [name]
 
 
-def _facts(info: CheckpointInfo, report: QuantizationReport) -> list[list[str]]:
+def _facts(info: CheckpointInfo, report: QuantizationReport, *, shared: bool) -> list[list[str]]:
     before, after = report.bytes_before, report.bytes_after
     exceptions, calibration = describe_exceptions(info), info.calibration
     return [
         ["weights", describe_weights(info)],
         ["activations", describe_activations(info)],
         ["KV cache", describe_cache(info)],
-        ["output head", describe_head(info)],
+        ["embedding", describe_embedding(info)],
+        ["output head", describe_head(info, shared=shared)],
         *([["except", exceptions]] if exceptions else []),
         ["rotation", describe_rotation(info)],
         ["calibration", describe_calibration(info)],

@@ -17,11 +17,13 @@ __all__ = [
     "describe_activations",
     "describe_cache",
     "describe_calibration",
+    "describe_embedding",
     "describe_exceptions",
     "describe_head",
     "describe_layers",
     "describe_rotation",
     "describe_weights",
+    "shares_head",
     "stored_bits",
 ]
 
@@ -44,8 +46,23 @@ def describe_activations(info: CheckpointInfo) -> str:
     return _activations(info.recipe.activations)
 
 
-def describe_head(info: CheckpointInfo) -> str:
-    """Bits of the output head."""
+def describe_embedding(info: CheckpointInfo) -> str:
+    """Bits and groups of the embedding."""
+    embedding = info.recipe.embedding
+    if embedding.bits == 16:
+        return "16 bits"
+    groups = "one scale a row"
+    if embedding.bits == 4 and embedding.group_size is not None:
+        groups = f"groups of up to {embedding.group_size} with signed multipliers"
+    if embedding.bits == 4 and embedding.blocks > 1:
+        groups += f", rotated in blocks of up to {embedding.blocks}"
+    return f"INT{embedding.bits}, {groups}"
+
+
+def describe_head(info: CheckpointInfo, *, shared: bool = False) -> str:
+    """Bits of the output head; ``shared``: it has the embedding's codes and none of its own."""
+    if shared:
+        return f"tied: INT{info.recipe.embedding.bits} weights of the embedding, 16-bit activations"
     bits = info.recipe.head.bits
     return "16 bits" if bits == 16 else f"INT{bits} weights, 16-bit activations"
 
@@ -151,8 +168,8 @@ def checkpoint_contents(folder: Path) -> dict[str, tuple[int, int, int]]:
         folder: with safetensors shards.
 
     Returns:
-        By kind (``INT4 linears``, ``embedding and head``, ``other``): tensors, bytes, and weights they stand
-        for.
+        By kind (``INT4 linears``, ``embedding``, ``output head``, ``other``): tensors, bytes, and weights
+        they stand for. There is no ``output head`` where it is tied to the embedding.
 
     Raises:
         CheckpointError: there is no shard, or one is damaged.
@@ -172,6 +189,11 @@ def contents_of(tensors: Iterable[tuple[str, tuple[int, ...], int]]) -> dict[str
     return dict(sorted(found.items()))
 
 
+def shares_head(info: CheckpointInfo, contents: dict[str, tuple[int, int, int]]) -> bool:
+    """Whether the output head has the embedding's codes, by what is stored."""
+    return info.recipe.embedding.bits != 16 and "output head" not in contents
+
+
 def stored_bits(contents: dict[str, tuple[int, int, int]]) -> str:
     """Bits per weight, scales and multipliers included: of quantized linears, and of all that is stored."""
     size, weights = (sum(entry[place] for entry in contents.values()) for place in (1, 2))
@@ -183,8 +205,10 @@ def stored_bits(contents: dict[str, tuple[int, int, int]]) -> str:
 
 
 def _kind(name: str) -> str:
-    if "embed" in name or "lm_head" in name:
-        return "embedding and head"
+    if "embed" in name:
+        return "embedding"
+    if "lm_head" in name:
+        return "output head"
     return "INT4 linears" if _leaf(name) in _WEIGHTS_PER_ENTRY else "other"
 
 

@@ -6,6 +6,7 @@ Importing this module registers the quantization method; ``import rrsq`` sees to
 from __future__ import annotations
 
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -13,11 +14,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ...errors import UsageError
 from ...models import family_for
 from ..assemble import (
     RotationSigns,
     attach_kv_quantizer,
     key_rotary,
+    quantize_embedding_module,
     quantize_head_module,
     quantize_input_modules,
     treated_inputs,
@@ -108,6 +111,8 @@ def assemble_model(model: Any, info: CheckpointInfo) -> nn.Module:
             bits = info.key_bits[index] if index < len(info.key_bits) else recipe.kv_cache.keys.bits
             rotary = key_rotary(model, family, index)
             attach_kv_quantizer(layer, family, recipe.kv_cache, sizes, rotary, bits)
+    if quantize_embedding_module(model, family, recipe) is not None:
+        model.resize_token_embeddings = MethodType(_refuse_resizing, model)
     quantize_head_module(model, family, recipe)
     if recipe.rotation is not None:
         model.rotation_signs = RotationSigns(rotations)
@@ -118,3 +123,18 @@ def assemble_model(model: Any, info: CheckpointInfo) -> nn.Module:
         "kv_quantizer",
     }
     return model
+
+
+def _refuse_resizing(model: Any, new_num_tokens: int | None = None, *args: Any, **options: Any) -> nn.Module:
+    """In the place of a model's ``resize_token_embeddings``: integers take up no further tokens.
+
+    Raises:
+        UsageError: another size is asked for.
+    """
+    embedding: nn.Module = model.get_input_embeddings()
+    if args or options or new_num_tokens not in (None, embedding.num_embeddings):
+        raise UsageError(
+            "The embedding of this model is integers and cannot be resized. Resize that of the original model"
+            " and quantize the result, or quantize the model with --set embedding.bits=16."
+        )
+    return embedding

@@ -201,7 +201,7 @@ def check_token_ids(model: Any, token_ids: Tensor) -> None:
     Raises:
         DataError: there is one, so that the tokenizer is not the model's.
     """
-    check_token_range(token_ids, model.get_input_embeddings().weight.shape[0])
+    check_token_range(token_ids, model.get_input_embeddings().num_embeddings)
 
 
 def check_token_range(token_ids: Tensor, rows: int) -> None:

@@ -12,9 +12,19 @@ from ... import kernels
 from .gradient import StraightThrough, needs_gradient
 from .prepared import QuantizedWeight
 
-__all__ = ["Int8Linear"]
+__all__ = ["Int8Linear", "round_rows"]
 
 _ROWS = 16384
+
+
+def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row of a float32 weight ``[out, in]`` to nearest, by its largest magnitude.
+
+    Returns:
+        int8 codes ``[out, in]`` in [-127, 127] and float32 scales ``[out]``.
+    """
+    scale = weight.abs().amax(1).clamp_min(1e-12) / 127
+    return (weight / scale.unsqueeze(1)).round().to(torch.int8), scale
 
 
 class Int8Linear(QuantizedWeight):
@@ -46,10 +56,7 @@ class Int8Linear(QuantizedWeight):
     def set_weight(self, weight: Tensor) -> None:
         """Round a floating point weight ``[out, in]`` to nearest, by the largest magnitude of each row."""
         for rows in self._blocks():
-            block = weight[rows].float()
-            scale = block.abs().amax(1).clamp_min(1e-12) / 127
-            self.weight_int8[rows] = (block / scale.unsqueeze(1)).round().to(torch.int8)
-            self.weight_scale[rows] = scale
+            self.weight_int8[rows], self.weight_scale[rows] = round_rows(weight[rows].float())
         self._forget()
 
     def forward(self, x: Tensor) -> Tensor:
