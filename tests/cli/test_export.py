@@ -132,6 +132,11 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("weights={method: rtn, group_size: 32}", "modules_to_not_convert=['*.v_proj']"),
         "engines make one matrix of them",
     ),
+    "an 8-bit embedding": (
+        "gptq-w4a16",
+        ("weights={method: rtn, group_size: 32}", "embedding.bits=8"),
+        "--set embedding.bits=16",
+    ),
     "nothing": ("gptq-w4a16", ("weights.bits=16",), "nothing to export"),
 }
 

@@ -60,6 +60,11 @@ def plan_export(model: Any, info: CheckpointInfo, family: ModelFamily, *, drop_c
     _check_rotations(info, family)
     _check_model(model, family)
     _check_head(model, family)
+    if info.recipe.embedding.bits != 16:
+        raise ExportError(
+            f"The checkpoint's embedding is in {info.recipe.embedding.bits} bits, and compressed-tensors has only"
+            " linears. Quantize the model with --set embedding.bits=16."
+        )
     if info.recipe.kv_cache is not None and not drop_cache:
         raise ExportError(
             "The checkpoint has a quantized KV cache, which is no part of compressed-tensors: other engines"
