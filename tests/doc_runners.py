@@ -47,6 +47,7 @@ OPTIONS = {
 WORDS = {
     "RECIPE": "rtn-w4a4",
     "NAME": "rrs-w4a4kv4",
+    "4.6": "6",  # Bits a weight: of so few channels the scales alone are a bit.
     "4096x4096": "64x64",
     "14336x4096": "96x64",
     "4096x14336:rotated": "64x96:rotated",
@@ -199,6 +200,14 @@ def run_expert_speed(command: Command, output: Path, monkeypatch: pytest.MonkeyP
     run_script([*words, "--tokens", "1,3"], monkeypatch)
 
 
+def run_budget_curve(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of its checkpoints, and few tokens."""
+    words = [*command.words[1:], "-o", str(output), "--bits", "6", "--only", "budget of 6"]
+    words += ["--only", "groups of 16, head 8", "--num-samples", "2", "--limit", "2", "--device", "cpu"]
+    run_script([*words, "--sequence-length", "64"], monkeypatch)
+    assert len(list(output.glob("*/config.json"))) == 2
+
+
 def run_fused_speed(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It times a GPU: without one it says so."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -338,6 +347,7 @@ RUNNERS: dict[str, Runner] = {
     "python tests/mutation.py ": run_mutation,
     "python examples/expert_speed.py ": run_expert_speed,
     "python examples/fused_speed.py": run_fused_speed,
+    "python examples/budget_curve.py ": run_budget_curve,
     "python examples/": run_example,
     "torchrun ": run_torchrun,
     "make ": run_make,

@@ -81,6 +81,7 @@ def _forecast(model: str, data_root: Path | None) -> None:
 
 def _overview(checkpoint: Path, config: dict[str, Any], info: CheckpointInfo) -> Table:
     from rrsq.runtime.format.describe import (
+        checkpoint_linear_bits,
         describe_activations,
         describe_cache,
         describe_calibration,
@@ -102,6 +103,7 @@ def _overview(checkpoint: Path, config: dict[str, Any], info: CheckpointInfo) ->
         ("KV cache", describe_cache(info)),
         ("output head", describe_head(info)),
         *([("except", exceptions)] if exceptions else []),
+        ("bits of linears", checkpoint_linear_bits(checkpoint, info.recipe)),
         ("rotation", describe_rotation(info)),
         ("calibration", describe_calibration(info)),
         ("seed", str(info.seed)),

@@ -22,7 +22,9 @@ __all__ = [
     "group_size_for",
     "head_is_kept",
     "input_scheme",
+    "is_kept",
     "sections",
+    "sections_at",
     "treatment",
 ]
 
@@ -44,10 +46,7 @@ class Treatment:
 
 def treatment(recipe: Recipe, layer_name: str, entry: LinearInput) -> Treatment:
     """How the recipe treats an input of the layer at module path ``layer_name``."""
-    weights, activations = recipe.weights, recipe.activations
-    for override in recipe.overrides:
-        if fnmatchcase(f"{layer_name}.{entry.path}", override.match):
-            weights, activations = override.weights or weights, override.activations or activations
+    weights, activations = sections_at(recipe, layer_name, entry)
     if recipe.rotation is not None and recipe.rotation.blocks is not None and activations.bits != 16:
         # Blocks are rotated by the kernel of signed levels; with one scale a token there is nothing to sign.
         activations = activations.model_copy(update={"signed": True})
@@ -58,6 +57,15 @@ def treatment(recipe: Recipe, layer_name: str, entry: LinearInput) -> Treatment:
         if not kept and not _matches(f"{layer_name}.{path}", recipe.modules_to_not_convert)
     )
     return Treatment(weights, activations, linears)
+
+
+def sections_at(recipe: Recipe, layer_name: str, entry: LinearInput) -> tuple[Weights, Activations]:
+    """The sections that hold for an input of the layer at module path ``layer_name``, as they are written."""
+    weights, activations = recipe.weights, recipe.activations
+    for override in recipe.overrides:
+        if fnmatchcase(f"{layer_name}.{entry.path}", override.match):
+            weights, activations = override.weights or weights, override.activations or activations
+    return weights, activations
 
 
 def sections(recipe: Recipe) -> list[tuple[Weights, Activations]]:
@@ -77,7 +85,12 @@ def changes_linears(recipe: Recipe) -> bool:
 
 def head_is_kept(recipe: Recipe, family: ModelFamily) -> bool:
     """Whether the output head stays in full precision."""
-    return recipe.head.bits == 16 or _matches(family.head, recipe.modules_to_not_convert)
+    return recipe.head.bits == 16 or is_kept(recipe, family.head)
+
+
+def is_kept(recipe: Recipe, name: str) -> bool:
+    """Whether a pattern of the recipe keeps the module of this path in full precision."""
+    return _matches(name, recipe.modules_to_not_convert)
 
 
 def check_patterns(recipe: Recipe, family: ModelFamily, model: nn.Module) -> None:
