@@ -226,6 +226,8 @@ class _Measurement:
                     if weight is not None:
                         other = log_probabilities(normed.detach(), weight)
                         losses[number] += (chances * (exact.detach() - other)).sum().double().cpu()
+        for module in (norm, head):
+            module.to("meta")  # There is room for a layer then.
         _check(gradient, "The output head")
         return gradient, tuple((losses / len(rows)).clamp_min(0).tolist())
 
@@ -256,9 +258,10 @@ class _Measurement:
                 with torch.enable_grad():
                     output = hidden.call(layer, x)
                 output.backward(at.to(self.device))
-                at.copy_(x.grad)
+                # First: the last linear's gradients may be the same memory as those at the layer's output.
                 for gauge in gauges:
                     gauge.take()
+                at.copy_(x.grad)
         for gauge in gauges:
             gauge.close()
         _check(gradient, f"Layer {index}")
