@@ -63,7 +63,7 @@ def sections_at(recipe: Recipe, layer_name: str, entry: LinearInput) -> tuple[We
     """The sections that hold for an input of the layer at module path ``layer_name``, as they are written."""
     weights, activations = recipe.weights, recipe.activations
     for override in recipe.overrides:
-        if fnmatchcase(f"{layer_name}.{entry.path}", override.match):
+        if _fits(f"{layer_name}.{entry.path}", override.match):
             weights, activations = override.weights or weights, override.activations or activations
     return weights, activations
 
@@ -172,6 +172,13 @@ def input_scheme(activations: Activations, entry: LinearInput, channels: int) ->
 def group_size_for(group_size: int | None, channels: int) -> int | None:
     """A recipe's group size, reduced to a divisor of the channels; None stays None (no groups)."""
     return None if group_size is None else math.gcd(group_size, channels)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """:func:`fnmatchcase`, which compiles patterns: of plain names a recipe may have hundreds."""
+    if any(special in pattern for special in "*?["):
+        return fnmatchcase(name, pattern)
+    return name == pattern
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -102,7 +102,8 @@ def _weight_items(budget: Budget, choices: ModelChoices, losses: Losses | None) 
             if losses is not None:
                 loss = losses.inputs[number].weights[index]
                 loss += 0.0 if weights.bits == 16 else losses.inputs[number].activations[0]
-            if weights.bits != 16 or budget.activation_bits is None:
+            # What the recipe itself leaves in 16 bits has nothing else.
+            if weights.bits != 16 or budget.activation_bits is None or index == 0:
                 options.append(Option(each.stored(weights, choices.itemsize), loss))
         items.append(options)
     if choices.head_bits:

@@ -204,7 +204,7 @@ class LinearBits:
     activations: float
 
     def __str__(self) -> str:
-        return f"{self.weights:.2f} a weight (layers and output head), {self.activations:.2f} an activation"
+        return f"{self.weights:.2f} a weight, {self.activations:.2f} an activation"
 
 
 def linear_bits(
