@@ -53,7 +53,7 @@ def test_the_checkpoint_keeps_the_budget_and_its_recipe_repeats_it(
     notes: list[str] = []
     rrsq.quantize(model, tmp_path / "a", target_bits=target, on_note=notes.append, **text)
     bits = bits_of(tmp_path / "a").weights
-    assert target - 0.4 < bits <= target
+    assert target - 1 < bits <= target
     note = next(note for note in notes if note.startswith("Allocated"))
     assert note.startswith(f"Allocated {bits:.4g} bits a weight of linears and output head")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
