@@ -79,10 +79,12 @@ def foreseen_allocation(
     kept = _read(file)
     if kept is None:
         return None
-    now = {"the recipe": _recipe_identity(recipe)}
-    then = {"the recipe": kept.identity.get("the recipe")}
-    if kept.identity.get("the model", {}).get("config") != config_fingerprint(empty.config):
-        now["the model"] = ""
+    fingerprint = kept.identity.get("the model")
+    then = {
+        "the recipe": kept.identity.get("the recipe"),
+        "the model": fingerprint.get("config") if isinstance(fingerprint, dict) else None,
+    }
+    now = {"the recipe": _recipe_identity(recipe), "the model": config_fingerprint(empty.config)}
     _refuse_other(file, changed(then, now))
     _check_fit(file, choices, kept.losses)
     return allocated_recipe(recipe, family_for(empty.config), choices, kept.losses, budget)
