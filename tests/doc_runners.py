@@ -110,9 +110,9 @@ def run_rrsq(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) ->
     if words[0] == "calibrate":
         # A second a picture, and other tests look at them.
         monkeypatch.setattr("rrsq.diagnostics.write.to_png", lambda figure: b"not drawn")
-    writes = "-o" in words
-    rrsq(smaller(words, o=str(output)) if writes else smaller(words))
-    assert output.exists() == writes
+    names_output = "-o" in words
+    rrsq(smaller(words, o=str(output)) if names_output else smaller(words))
+    assert output.exists() == (names_output and "--dry-run" not in words)
 
 
 def run_lm_eval(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
