@@ -47,6 +47,7 @@ OPTIONS = {
 WORDS = {
     "RECIPE": "rtn-w4a4",
     "NAME": "rrs-w4a4kv4",
+    "4.6": "6",  # Bits a weight: of so few channels the scales alone are a bit.
     "4096x4096": "64x64",
     "14336x4096": "96x64",
     "4096x14336:rotated": "64x96:rotated",
@@ -109,9 +110,9 @@ def run_rrsq(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) ->
     if words[0] == "calibrate":
         # A second a picture, and other tests look at them.
         monkeypatch.setattr("rrsq.diagnostics.write.to_png", lambda figure: b"not drawn")
-    writes = "-o" in words
-    rrsq(smaller(words, o=str(output)) if writes else smaller(words))
-    assert output.exists() == writes
+    names_output = "-o" in words
+    rrsq(smaller(words, o=str(output)) if names_output else smaller(words))
+    assert output.exists() == (names_output and "--dry-run" not in words)
 
 
 def run_lm_eval(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +198,14 @@ def run_expert_speed(command: Command, output: Path, monkeypatch: pytest.MonkeyP
     pairs = pairwise(command.words)
     words = ["tiny" if before == "--mixture" else word for before, word in pairs]
     run_script([*words, "--tokens", "1,3"], monkeypatch)
+
+
+def run_budget_curve(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of its checkpoints, and few tokens."""
+    words = [*command.words[1:], "-o", str(output), "--bits", "6", "--only", "budget of 6"]
+    words += ["--only", "groups of 16, head 8", "--num-samples", "2", "--limit", "2", "--device", "cpu"]
+    run_script([*words, "--sequence-length", "64"], monkeypatch)
+    assert len(list(output.glob("*/config.json"))) == 2
 
 
 def run_on_a_gpu(command: Command, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,6 +348,7 @@ RUNNERS: dict[str, Runner] = {
     "python examples/expert_speed.py ": run_expert_speed,
     "python examples/fused_speed.py": run_on_a_gpu,
     "python examples/attention_speed.py": run_on_a_gpu,
+    "python examples/budget_curve.py ": run_budget_curve,
     "python examples/": run_example,
     "torchrun ": run_torchrun,
     "make ": run_make,

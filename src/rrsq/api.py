@@ -9,20 +9,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .arguments import DTYPES, check_choice, check_integer, check_path, integers, texts
+from .arguments import DTYPES, check_choice, check_integer, check_path, check_target, integers, texts
 from .errors import UsageError
 
 if TYPE_CHECKING:
     from .evaluation.run import StepCallback as EvaluationStep
     from .evaluation.scores import EvaluationReport
     from .exporting.produce import ExportReport, ExportStep
+    from .quantizer.budget.plan import Budget
     from .quantizer.calibration.windows import BosChoice
     from .quantizer.outcome import QuantizationReport
     from .quantizer.production.produce import StepCallback as QuantizationStep
     from .quantizer.production.source import NoteCallback
     from .recipe import Recipe
 
-__all__ = ["choose_recipe", "evaluate", "export", "quantize"]
+__all__ = ["check_sensitivities", "choose_recipe", "evaluate", "export", "quantize"]
 
 _BOS = ("auto", "always", "never")
 
@@ -34,6 +35,9 @@ def quantize(
     recipe: str | Path | Recipe = "rrs-w4a4kv4",
     overrides: str | Iterable[str] = (),
     ignore: str | Iterable[str] = (),
+    target_bits: float | None = None,
+    target_activation_bits: float | None = None,
+    sensitivities: str | Path | None = None,
     calibration_data: str | Path = "wikitext2",
     num_samples: int = 128,
     sequence_length: int = 2048,
@@ -61,6 +65,11 @@ def quantize(
         overrides: assignments such as ``weights.group_size=64``, as ``--set`` takes them; one, or several.
         ignore: patterns of linears to keep in 16 bits, such as ``*.o_proj`` or ``model.layers.0.*``, one or
             several, besides the recipe's ``modules_to_not_convert``.
+        target_bits: stored bits a weight that the layers' linears and the output head may have on the mean.
+            What each bit is worth is measured on the calibration text, and the recipe gets the overrides of
+            least expected loss.
+        target_activation_bits: the same of the linears' activations, weighted by the weights they meet.
+        sensitivities: file to keep what was measured in, or to take it from if it is there.
         calibration_data: ``wikitext2``, a Hub data set (``org/name`` or ``org/name:config``), or a ``.txt``,
             ``.jsonl`` or ``.parquet`` file.
         num_samples: windows of calibration text.
@@ -89,6 +98,8 @@ def quantize(
     import torch
 
     from .devices import find_device
+    from .quantizer.budget.measure import allocate_bits, check_possible, kept_losses
+    from .quantizer.budget.plan import Budget
     from .quantizer.calibration.workers import joined_workers
     from .quantizer.needs import needs_calibration
     from .quantizer.production.output_shards import parse_size
@@ -116,6 +127,11 @@ def quantize(
     check_integer("sequence_length", sequence_length, 8)
     check_integer("seed", seed, 0)
     check_choice("bos", bos, _BOS)
+    budget = Budget(
+        check_target("target_bits", target_bits),
+        check_target("target_activation_bits", target_activation_bits),
+    )
+    kept = check_sensitivities(budget, _path(sensitivities), calibrated=calibration is not None)
     parse_size(max_shard_size)  # Wrong, it is refused before a text is fetched.
     chosen = choose_recipe(recipe, overrides, ignore)
     to = OutputOptions(Path(output), overwrite, max_shard_size, restart, _path(offload_dir))
@@ -123,14 +139,37 @@ def quantize(
         check_output(to.folder, overwrite=overwrite)
     where = find_device(device)
     family = check_source(model, root, chosen)
+    if budget:
+        check_possible(model, chosen, budget, root)
     learned = None if calibration is None else open_calibration(Path(calibration), chosen, seed)
     with joined_workers(torch.device(where)) as workers:
         on_step(0, 0, 0, "tokenizer and calibration text")
         tokenizer = load_tokenizer(model, root)
-        if learned is None and needs_calibration(chosen):
+        if budget and workers.count > 1:
+            raise UsageError("Sensitivities are measured by one process. Start one, without torchrun.")
+        if learned is None and (budget or needs_calibration(chosen)):
             text = CalibrationText(str(calibration_data), num_samples, sequence_length, seed, bos)
             learned = load_calibration(tokenizer, family, text, root)
-        return produce_checkpoint(
+        noted = on_note if workers.rank == 0 else lambda note: None
+        file = kept or kept_losses(to.folder)
+        if budget and learned is not None:
+            if restart and kept is None:
+                file.unlink(missing_ok=True)
+            chosen = allocate_bits(
+                model,
+                chosen,
+                budget,
+                learned,
+                file,
+                named=kept is not None,
+                seed=seed,
+                device=where,
+                data_root=root,
+                on_step=on_step,
+                on_note=noted,
+            ).recipe
+            learned = learned if needs_calibration(chosen) else None
+        report = produce_checkpoint(
             SourceModel(model, tokenizer, root),
             chosen,
             to,
@@ -139,8 +178,11 @@ def quantize(
             device=where,
             workers=workers,
             on_step=on_step,
-            on_note=on_note if workers.rank == 0 else lambda note: None,
+            on_note=noted,
         ).report
+        if budget and kept is None:
+            file.unlink(missing_ok=True)
+        return report
 
 
 def evaluate(
@@ -320,6 +362,32 @@ def choose_recipe(
         raise UsageError(f"recipe is {recipe!r:.100}, and must be a name, a path or a recipe.")
     patterns = dict.fromkeys((*chosen.modules_to_not_convert, *ignore))
     return chosen.model_copy(update={"modules_to_not_convert": tuple(patterns)})
+
+
+def check_sensitivities(budget: Budget, file: Path | None, *, calibrated: bool) -> Path | None:
+    """The file that is to keep sensitivities; refuses one without use, and one that cannot be written.
+
+    Args:
+        budget: of bits.
+        file: that was named, or None.
+        calibrated: stored statistics take the place of text.
+
+    Raises:
+        UsageError: there is no budget to use a file for, no text to measure on, or no such folder.
+    """
+    if budget and calibrated:
+        raise UsageError(
+            "A budget of bits is spent by sensitivities that are measured on text, which --calibration takes"
+            " the place of. Leave out one of them."
+        )
+    if file is None:
+        return None
+    if not budget:
+        raise UsageError("--sensitivities is of --target-bits and --target-activation-bits.")
+    check_path("sensitivities", file)
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise UsageError(f"--sensitivities {file}: name a file in a folder that exists.")
+    return file
 
 
 def _path(path: str | Path | None) -> Path | None:

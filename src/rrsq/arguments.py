@@ -8,7 +8,16 @@ from typing import Any
 
 from .errors import UsageError
 
-__all__ = ["DTYPES", "MOST", "check_choice", "check_integer", "check_path", "integers", "texts"]
+__all__ = [
+    "DTYPES",
+    "MOST",
+    "check_choice",
+    "check_integer",
+    "check_path",
+    "check_target",
+    "integers",
+    "texts",
+]
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 """What the numbers of a model that are not quantized may be."""
@@ -36,6 +45,15 @@ def integers(name: str, value: Any, least: int, most: int = MOST) -> tuple[int, 
     for number in several:
         check_integer(name, number, least, most)
     return several
+
+
+def check_target(name: str, value: Any) -> float | None:
+    """A number of bits, or None. Raises :class:`UsageError` for what is no number above zero."""
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise UsageError(f"{name} is {_shown(value)}, and must be a number of bits above zero.")
+    return float(value)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .recipe import Recipe
 
-__all__ = ["activation_bits", "cache_bits", "weight_bits"]
+__all__ = ["activation_bits", "cache_bits", "linear_bytes", "weight_bits"]
 
 SCALE_BITS = 32
 MULTIPLIER_BITS = 8
@@ -22,6 +22,12 @@ def weight_bits(recipe: Recipe, channels: int = CHANNELS) -> float:
         return 16.0
     multipliers = 0.0 if weights.group_size is None else MULTIPLIER_BITS / weights.group_size
     return weights.bits + multipliers + SCALE_BITS / channels
+
+
+def linear_bytes(channels: int, rows: int, group_size: int | None) -> int:
+    """Stored bytes of a 4-bit weight ``[rows, channels]``: codes, a scale a row, a multiplier a group."""
+    groups = 0 if group_size is None else channels // group_size
+    return rows * (channels // 2 + SCALE_BITS // 8 + groups * MULTIPLIER_BITS // 8)
 
 
 def activation_bits(recipe: Recipe) -> int:

@@ -84,6 +84,7 @@ def _table(model: str, found: Forecast, num_samples: int, sequence_length: int, 
         ("calibration", text if needs_calibration(info.recipe) else "none needed"),
         ("size of weights", f"{human_bytes(before)} → {human_bytes(after)} ({after / before:.0%})"),
         ("bits per weight", stored_bits(found.contents)),
+        ("bits of linears", str(found.linear_bits or "none is quantized")),
         ("memory to quantize", found.memory.describe(device).removeprefix("Projected peak: ")),
     )
     table = Table(title=printable(model), show_header=False, title_justify="left")

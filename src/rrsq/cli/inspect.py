@@ -84,6 +84,7 @@ def _overview(
     checkpoint: Path, config: dict[str, Any], info: CheckpointInfo, contents: dict[str, tuple[int, int, int]]
 ) -> Table:
     from rrsq.runtime.format.describe import (
+        checkpoint_linear_bits,
         describe_activations,
         describe_cache,
         describe_calibration,
@@ -108,6 +109,7 @@ def _overview(
         ("embedding", describe_embedding(info)),
         ("output head", describe_head(info, shared=shares_head(info, contents))),
         *([("except", exceptions)] if exceptions else []),
+        ("bits of linears", checkpoint_linear_bits(checkpoint, info.recipe)),
         ("rotation", describe_rotation(info)),
         ("calibration", describe_calibration(info)),
         ("seed", str(info.seed)),

@@ -45,17 +45,21 @@ from rrsq.errors import RRSQError, UsageError
 from rrsq.schemes import SCHEMES, scheme_recipe
 
 if TYPE_CHECKING:
+    from rrsq.quantizer.budget.plan import Budget
     from rrsq.quantizer.outcome import QuantizationReport
+    from rrsq.recipe import Recipe
     from rrsq.runtime.format.format import CheckpointInfo
 
 __all__ = ["EXAMPLES", "quantize"]
 
+BUDGET = "Budget"
 EVALUATION = "Evaluation"
 EXAMPLES = examples(
     "rrsq quantize meta-llama/Meta-Llama-3-8B -o out/",
     "rrsq quantize ./model -o out/ --dry-run",
     "rrsq quantize ./model -o out/ --recipe rrs-w4a8kv4 --calibration-data notes.jsonl",
     "rrsq quantize ./model -o out/ --scheme W4A16 --ignore '*.layers.0.*' --tasks wikitext2,kl --limit 24",
+    "rrsq quantize ./model -o out/ --target-bits 4.6 --target-activation-bits 4.5 --sensitivities model.json",
     "rrsq quantize ./model -o out/ --calibration calib/",
     "rrsq quantize model.gguf -o out/ --set activations.smoothing.group_size=32 --num-samples 32",
 )
@@ -126,6 +130,33 @@ def quantize(
             rich_help_panel=RECIPE,
         ),
     ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BITS",
+            help="Stored bits a weight, on the mean of the layers' linears and the output head, such as 4.6,"
+            " scales included. What each bit is worth is measured, and the recipe gets the overrides of least"
+            " expected loss.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    target_activation_bits: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BITS",
+            help="The same of the linears' activations, such as 4.5, weighted by the weights they meet.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    sensitivities: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With these: file (JSON) to keep what was measured in, or to take it from if it is there, so"
+            " that another target of the same recipe costs no measurement.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
     calibration_data: CalibrationData = "wikitext2",
     calibration: Annotated[
         Path | None,
@@ -175,8 +206,11 @@ def quantize(
     it appears whole or not at all. A run that was stopped, however it was, goes on with the same command.
     """
     import rrsq
-    from rrsq.api import choose_recipe
+    from rrsq.api import check_sensitivities, choose_recipe
+    from rrsq.arguments import check_target
     from rrsq.hub import check_push
+    from rrsq.quantizer.budget.measure import kept_losses
+    from rrsq.quantizer.budget.plan import Budget
     from rrsq.quantizer.calibration.workers import is_first_process
     from rrsq.runtime.format.loading import read_info
     from rrsq.storage import check_output
@@ -193,9 +227,17 @@ def quantize(
         raise UsageError("--private is of --push-to-hub, which is not given.")
     if dry_run:
         check_output(output, overwrite=overwrite)
+        chosen = choose_recipe(recipe, assignments or (), ignore or ())
+        budget = Budget(
+            check_target("--target-bits", target_bits),
+            check_target("--target-activation-bits", target_activation_bits),
+        )
+        kept = check_sensitivities(budget, sensitivities, calibrated=calibration is not None)
+        if budget:
+            chosen = _foreseen(model, chosen, budget, kept or kept_losses(output), data_root)
         print_forecast(
             model,
-            choose_recipe(recipe, assignments or (), ignore or ()),
+            chosen,
             num_samples=0 if calibration is not None else num_samples,
             sequence_length=sequence_length,
             device=resolve_device(device),
@@ -216,6 +258,9 @@ def quantize(
             recipe=recipe,
             overrides=assignments or (),
             ignore=ignore or (),
+            target_bits=target_bits,
+            target_activation_bits=target_activation_bits,
+            sensitivities=sensitivities,
             calibration_data=calibration_data,
             num_samples=num_samples,
             sequence_length=sequence_length,
@@ -247,6 +292,20 @@ def quantize(
             )
         if push_to_hub is not None:
             _push(output, push_to_hub, private=private)
+
+
+def _foreseen(model: str, recipe: Recipe, budget: Budget, file: Path, data_root: Path | None) -> Recipe:
+    """The recipe within a budget, or, as long as nothing is measured, the recipe as it is."""
+    from rrsq.quantizer.budget.measure import foreseen_allocation
+
+    found = foreseen_allocation(model, recipe, budget, file, data_root)
+    if found is None:
+        print_note(
+            "The budget is possible. What it is spent on is known when the sensitivities are measured; what"
+            f" follows is '{recipe.name}' as it is."
+        )
+        return recipe
+    return found.recipe
 
 
 def _push(output: Path, repository: str, *, private: bool) -> None:
@@ -283,7 +342,9 @@ def _summary(report: QuantizationReport, info: CheckpointInfo, output: Path) -> 
     """The table at the end of a run."""
     from rrsq.runtime.format.describe import (
         checkpoint_contents,
+        checkpoint_linear_bits,
         describe_exceptions,
+        describe_head,
         describe_rotation,
         stored_bits,
     )
@@ -292,6 +353,8 @@ def _summary(report: QuantizationReport, info: CheckpointInfo, output: Path) -> 
     before, after = report.bytes_before, report.bytes_after
     table.add_row("size of weights", f"{human_bytes(before)} → {human_bytes(after)} ({after / before:.0%})")
     table.add_row("bits per weight", stored_bits(checkpoint_contents(output)))
+    table.add_row("bits of linears", checkpoint_linear_bits(output, info.recipe))
+    table.add_row("output head", describe_head(info))
     table.add_row("time", human_seconds(report.seconds))
     table.add_row("peak memory", human_bytes(report.peak_memory))
     if report.peak_gpu_memory is not None:

@@ -62,8 +62,8 @@ def plan_export(model: Any, info: CheckpointInfo, family: ModelFamily, *, drop_c
     _check_head(model, family)
     if info.recipe.embedding.bits != 16:
         raise ExportError(
-            f"The checkpoint's embedding is in {info.recipe.embedding.bits} bits, and compressed-tensors has only"
-            " linears. Quantize the model with --set embedding.bits=16."
+            f"The embedding is in {info.recipe.embedding.bits} bits, and compressed-tensors has only linears."
+            " Quantize the model with --set embedding.bits=16."
         )
     if info.recipe.kv_cache is not None and not drop_cache:
         raise ExportError(

@@ -1,7 +1,7 @@
 """One declarative specification a model family, and their registry."""
 
 from .family import LAYER_NORM, RMS_NORM, RMS_NORM_ONE_PLUS, LinearInput, ModelFamily, NormKind
-from .registry import families, family_for, register_family
+from .registry import families, family_for, family_named, register_family
 from .sizes import ModelSizes
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "NormKind",
     "families",
     "family_for",
+    "family_named",
     "register_family",
 ]

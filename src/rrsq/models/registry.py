@@ -27,7 +27,7 @@ from .seed_oss import SEED_OSS
 from .smollm3 import SMOLLM3
 from .starcoder2 import STARCODER2
 
-__all__ = ["families", "family_for", "needs_bos", "register_family"]
+__all__ = ["families", "family_for", "family_named", "needs_bos", "register_family"]
 
 _FAMILIES: dict[str, ModelFamily] = {}
 
@@ -50,16 +50,26 @@ def family_for(config: Any) -> ModelFamily:
         UnsupportedArchitectureError: no family is registered, or the configuration uses a feature that the
             family does not cover.
     """
-    model_type = getattr(config, "model_type", None)
-    family = _FAMILIES.get(str(model_type))
+    model_type = str(getattr(config, "model_type", None))
+    family = family_named(model_type)
+    reason = family.not_covered(config)
+    if reason is not None:
+        raise UnsupportedArchitectureError(f"This {model_type} model is not supported: {reason}.")
+    return family
+
+
+def family_named(model_type: str) -> ModelFamily:
+    """The family of a ``model_type``.
+
+    Raises:
+        UnsupportedArchitectureError: none is registered.
+    """
+    family = _FAMILIES.get(model_type)
     if family is None:
         raise UnsupportedArchitectureError(
             f"The architecture '{model_type}' is not supported. Supported: {', '.join(sorted(_FAMILIES))}."
             " A family is one short file: docs/adding-a-model.md shows how to add one."
         )
-    reason = family.not_covered(config)
-    if reason is not None:
-        raise UnsupportedArchitectureError(f"This {model_type} model is not supported: {reason}.")
     return family
 
 

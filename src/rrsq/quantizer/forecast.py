@@ -12,7 +12,7 @@ import torch
 
 from ..models import family_for
 from ..recipe import Recipe
-from ..runtime.format.describe import contents_of
+from ..runtime.format.describe import LinearBits, contents_of, linear_bits
 from ..runtime.format.format import CheckpointInfo, RotationInfo
 from ..runtime.format.loading import load_config
 from ..runtime.rotation.rotations import make_rotations
@@ -39,6 +39,7 @@ class Forecast:
         info: the recipe and the rotations, as the checkpoint will say them.
         memory: at the peak of the quantization.
         kept: linears of the layers that stay in 16 bits, with the number of layers.
+        linear_bits: what a budget of bits is counted in; None where every linear is kept by a pattern.
     """
 
     architecture: str
@@ -49,6 +50,7 @@ class Forecast:
     info: CheckpointInfo
     memory: ProjectedMemory
     kept: dict[str, int]
+    linear_bits: LinearBits | None
 
     @property
     def bytes_after(self) -> int:
@@ -95,7 +97,10 @@ def forecast(
         source_model=model,
     )
     samples, tokens = (num_samples, sequence_length) if needs_calibration(recipe) else (0, 0)
-    planned = planned_tensors(config, dtype, recipe)
+    planned = [
+        (name, tuple(value.shape), value.nbytes)
+        for name, value in planned_tensors(config, dtype, recipe).items()
+    ]
     kept: dict[str, int] = {}
     for index, layer in enumerate(empty.get_submodule(family.layers).children()):
         for entry in family.inputs_in(layer):
@@ -108,8 +113,9 @@ def forecast(
         parameters=sum(value.numel() for value in weights.values()),
         dtype=str(dtype).removeprefix("torch."),
         bytes_before=sum(value.nbytes for value in weights.values()),
-        contents=contents_of((name, tuple(value.shape), value.nbytes) for name, value in planned.items()),
+        contents=contents_of(planned),
         info=info,
         memory=projected_memory(empty, recipe, samples, tokens, offloaded=offloaded),
         kept=kept,
+        linear_bits=linear_bits(planned, recipe, family),
     )

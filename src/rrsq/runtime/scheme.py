@@ -25,8 +25,10 @@ __all__ = [
     "head_is_kept",
     "head_shares_codes",
     "input_scheme",
+    "is_kept",
     "keeps_tie",
     "sections",
+    "sections_at",
     "treatment",
 ]
 
@@ -48,10 +50,7 @@ class Treatment:
 
 def treatment(recipe: Recipe, layer_name: str, entry: LinearInput) -> Treatment:
     """How the recipe treats an input of the layer at module path ``layer_name``."""
-    weights, activations = recipe.weights, recipe.activations
-    for override in recipe.overrides:
-        if fnmatchcase(f"{layer_name}.{entry.path}", override.match):
-            weights, activations = override.weights or weights, override.activations or activations
+    weights, activations = sections_at(recipe, layer_name, entry)
     if recipe.rotation is not None and recipe.rotation.blocks is not None and activations.bits != 16:
         # Blocks are rotated by the kernel of signed levels; with one scale a token there is nothing to sign.
         activations = activations.model_copy(update={"signed": True})
@@ -62,6 +61,15 @@ def treatment(recipe: Recipe, layer_name: str, entry: LinearInput) -> Treatment:
         if not kept and not _matches(f"{layer_name}.{path}", recipe.modules_to_not_convert)
     )
     return Treatment(weights, activations, linears)
+
+
+def sections_at(recipe: Recipe, layer_name: str, entry: LinearInput) -> tuple[Weights, Activations]:
+    """The sections that hold for an input of the layer at module path ``layer_name``, as they are written."""
+    weights, activations = recipe.weights, recipe.activations
+    for override in recipe.overrides:
+        if _fits(f"{layer_name}.{entry.path}", override.match):
+            weights, activations = override.weights or weights, override.activations or activations
+    return weights, activations
 
 
 def sections(recipe: Recipe) -> list[tuple[Weights, Activations]]:
@@ -81,12 +89,17 @@ def changes_linears(recipe: Recipe) -> bool:
 
 def head_is_kept(recipe: Recipe, family: ModelFamily) -> bool:
     """Whether the output head stays in full precision."""
-    return recipe.head.bits == 16 or _matches(family.head, recipe.modules_to_not_convert)
+    return recipe.head.bits == 16 or is_kept(recipe, family.head)
+
+
+def is_kept(recipe: Recipe, name: str) -> bool:
+    """Whether a pattern of the recipe keeps the module of this path in full precision."""
+    return _matches(name, recipe.modules_to_not_convert)
 
 
 def embedding_is_kept(recipe: Recipe, family: ModelFamily) -> bool:
     """Whether the embedding stays in full precision."""
-    return recipe.embedding.bits == 16 or _matches(family.embedding, recipe.modules_to_not_convert)
+    return recipe.embedding.bits == 16 or is_kept(recipe, family.embedding)
 
 
 def head_shares_codes(recipe: Recipe, family: ModelFamily, config: Any) -> bool:
@@ -205,6 +218,13 @@ def input_scheme(activations: Activations, entry: LinearInput, channels: int) ->
 def group_size_for(group_size: int | None, channels: int) -> int | None:
     """A recipe's group size, reduced to a divisor of the channels; None stays None (no groups)."""
     return None if group_size is None else math.gcd(group_size, channels)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """:func:`fnmatchcase`, which compiles patterns: of plain names a recipe may have hundreds."""
+    if any(special in pattern for special in "*?["):
+        return fnmatchcase(name, pattern)
+    return name == pattern
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -12,12 +12,25 @@ from torch import Tensor
 
 from rrsq.runtime.modules.input import InputScheme
 from rrsq.runtime.modules.rotation import OnlineHadamard
+from rrsq.runtime.rotation.hadamard import plan_hadamard
 
 
 def float_input(x: Tensor, rotation: OnlineHadamard | None, order: Tensor | None) -> Tensor:
     """What a linear multiplies, not rounded."""
     x = x if rotation is None else rotation(x)
     return x if order is None else x[..., order.long()]
+
+
+@pytest.mark.parametrize(("size", "inner"), [(IN, 1), (12, 4)])
+def test_of_a_rotation(size: int, inner: int) -> None:
+    """That of a product with the rotation's matrix, which it makes of the identity."""
+    rotation = OnlineHadamard(plan_hadamard(size), inner)
+    matrix = rotation(torch.eye(size * inner)).double()
+    x = torch.randn(5, size * inner, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    grad = torch.randn(5, size * inner, generator=torch.Generator().manual_seed(1))
+    rotation(x).backward(grad)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), grad.double() @ matrix.T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["", "rotated"])

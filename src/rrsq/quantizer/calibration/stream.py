@@ -54,7 +54,7 @@ class HiddenStates:
         embedding: Any = model.get_submodule(family.embedding)
         windows = windows.to(embedding.weight.device)
         parts = windows.split(max(1, batch_tokens // windows.shape[1]))
-        with torch.inference_mode():
+        with torch.no_grad():  # Gradients may be asked of what layers are called with.
             self._calls = layer_calls(model, family, parts[0][:1], device)
         shape = (*windows.shape, embedding.embedding_dim)
         allocated = allocate(shape, dtype)
@@ -76,7 +76,11 @@ class HiddenStates:
     def run(self, layer: nn.Module, batch: Tensor) -> Tensor:
         """The layer's output for one batch ``[samples, tokens, hidden]``, float32 on the device."""
         with calibration_products(self.device):
-            return self._calls[layer](layer, self.on_device(batch))
+            return self.call(layer, self.on_device(batch))
+
+    def call(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """The layer's output for any ``[samples, tokens, hidden]`` on the device, as the model calls it."""
+        return self._calls[layer](layer, hidden)
 
     def observe(self, layer: nn.Module, on_batch: Callable[[], None] = lambda: None) -> Tensor:
         """Run all batches for the hooks' sake; return the first output ``[samples, tokens, hidden]``."""

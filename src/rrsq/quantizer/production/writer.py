@@ -82,6 +82,8 @@ def write_beside(
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     tokenizer.save_pretrained(folder)
+    recipe = yaml.safe_dump(info.recipe.model_dump(mode="json"), sort_keys=False)
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     shared = head_shares_codes(quantized.recipe, family_for(model.config), model.config)
     (folder / "README.md").write_text(model_card(info, quantized.report, shared=shared), encoding="utf-8")
 
@@ -141,7 +143,7 @@ def model_card(info: CheckpointInfo, report: QuantizationReport, *, shared: bool
     headings, rows = describe_layers(info)
     if len(headings) > 1:
         lines += ["", "## Error of each layer", "", LAYER_COLUMNS, "", *_table(headings, rows)]
-    lines += ["", "## Recipe", "", "Saved as a file, this is what `rrsq quantize --recipe FILE` takes:", ""]
+    lines += ["", "## Recipe", "", "Also in `recipe.yaml`, which `rrsq quantize --recipe FILE` takes:", ""]
     lines += ["```yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).rstrip(), "```"]
     return "\n".join(lines) + "\n"
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from ...recipe import INPUTS, Activations, Weights
+from ...models import LinearInput, ModelFamily, family_named
+from ...recipe import INPUTS, Activations, Recipe, Weights
+from ..scheme import is_kept, treatment
 from .format import CheckpointInfo, PlanInfo
+from .json_files import read_config
 from .shards import read_shards
 
 __all__ = [
     "LAYER_COLUMNS",
+    "LinearBits",
     "checkpoint_contents",
+    "checkpoint_linear_bits",
     "contents_of",
     "describe_activations",
     "describe_cache",
@@ -23,6 +30,7 @@ __all__ = [
     "describe_layers",
     "describe_rotation",
     "describe_weights",
+    "linear_bits",
     "shares_head",
     "stored_bits",
 ]
@@ -69,14 +77,15 @@ def describe_head(info: CheckpointInfo, *, shared: bool = False) -> str:
 
 def describe_exceptions(info: CheckpointInfo) -> str:
     """What is treated otherwise than the lines above say, by pattern; empty if nothing is."""
-    parts = []
+    patterns: dict[str, list[str]] = {}
     for override in info.recipe.overrides:
         changes = []
         if override.weights is not None:
             changes.append(f"weights {_weights(override.weights)}")
         if override.activations is not None:
             changes.append(f"activations {_activations(override.activations)}")
-        parts.append(f"{override.match}: {', '.join(changes)}")
+        patterns.setdefault(", ".join(changes), []).append(override.match)
+    parts = [f"{', '.join(matches)}: {changed}" for changed, matches in patterns.items()]
     parts += [f"{pattern}: full precision" for pattern in info.recipe.modules_to_not_convert]
     return "; ".join(parts)
 
@@ -202,6 +211,83 @@ def stored_bits(contents: dict[str, tuple[int, int, int]]) -> str:
         return whole
     _, size, weights = contents["INT4 linears"]
     return f"{8 * size / weights:.2f} of INT4 linears, {whole}"
+
+
+@dataclass(frozen=True)
+class LinearBits:
+    """Means over linears, those in 16 bits included and those that a pattern keeps there left out.
+
+    Attributes:
+        weights: stored bits of a weight of the layers' linears and the output head.
+        activations: bits of an activation of the layers' linears, weighted by the weights that it meets.
+    """
+
+    weights: float
+    activations: float
+
+    def __str__(self) -> str:
+        return f"{self.weights:.2f} a weight, {self.activations:.2f} an activation"
+
+
+def linear_bits(
+    tensors: Iterable[tuple[str, tuple[int, ...], int]], recipe: Recipe, family: ModelFamily
+) -> LinearBits | None:
+    """What a budget of bits is counted in, of the tensors of a checkpoint.
+
+    A tied head is stored as the embedding and counts like one of its own.
+
+    Args:
+        tensors: names, shapes and bytes, there or planned.
+        recipe, family: of the checkpoint.
+
+    Returns:
+        None where every linear is kept by a pattern.
+    """
+    entries = {path: entry for entry in family.inputs for path in entry.linear_paths}
+    paths = "|".join(map(re.escape, sorted(entries, key=len, reverse=True)))
+    parts = r"(?:\.linear)?(?:\.(weight|weight_int8|weight_packed|weight_scale|weight_multiplier))?"
+    in_layer = re.compile(rf"{re.escape(family.layers)}\.(\d+)\.({paths}){parts}")
+    of_head = re.compile(rf"{re.escape(family.head)}{parts}")
+    of_embedding = re.compile(rf"{re.escape(family.embedding)}{parts}")
+    size = weights = products = met = 0
+    head, embedding = (0, 0), (0, 0)
+    for name, shape, nbytes in tensors:
+        found, leaf = in_layer.fullmatch(name), _leaf(name)
+        if leaf == "weight" and len(shape) < 2:  # A quantized linear's, which only tells of its dtype.
+            continue
+        count = math.prod(shape) * _WEIGHTS_PER_ENTRY.get(leaf, 1)
+        if of_embedding.fullmatch(name):
+            embedding = embedding[0] + count, embedding[1] + nbytes
+        elif of_head.fullmatch(name):
+            head = head[0] + count, head[1] + nbytes
+        elif found is not None:
+            layer, path = family.layer_name(int(found[1])), found[2]
+            if not is_kept(recipe, f"{layer}.{path}"):
+                size, weights = size + nbytes, weights + count
+                met += count
+                products += count * _input_bits(recipe, layer, entries[path])
+    if not is_kept(recipe, family.head):
+        count, nbytes = head if head[0] else embedding
+        size, weights = size + nbytes, weights + count
+    return LinearBits(8 * size / weights, products / met) if met else None
+
+
+def checkpoint_linear_bits(folder: Path, recipe: Recipe) -> str:
+    """:func:`linear_bits` of a checkpoint, in words.
+
+    Raises:
+        CheckpointError: there is no shard, or one is damaged.
+        UnsupportedArchitectureError: no family is known for the model.
+    """
+    places = read_shards(folder).items()
+    family = family_named(str(read_config(folder).get("model_type")))
+    found = linear_bits(((name, tuple(place.shape), place.size) for name, place in places), recipe, family)
+    return str(found or "none is quantized")
+
+
+def _input_bits(recipe: Recipe, layer: str, entry: LinearInput) -> int:
+    how = treatment(recipe, layer, entry)
+    return how.activations.bits if how.linears else 16
 
 
 def _kind(name: str) -> str:

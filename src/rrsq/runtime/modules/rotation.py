@@ -15,6 +15,7 @@ from ... import kernels
 from ...models import LinearInput
 from ..rotation.hadamard import HadamardPlan, base_matrix
 from ..rotation.rotations import Rotations
+from .gradient import StraightThrough, needs_gradient
 from .prepared import Prepared
 
 __all__ = ["OnlineHadamard", "RotatedLinear", "online_rotation", "rotated_input"]
@@ -61,6 +62,8 @@ class OnlineHadamard(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ R`` for ``x`` ``[..., size * inner]``; float32 for lower precisions."""
+        if needs_gradient(x):
+            return StraightThrough.apply(x, self.forward, self.inverse)
         base = self.base(x.device)
         if is_compiling() or type(x) is not Tensor or not x.numel():
             return self._transform(x, base)
