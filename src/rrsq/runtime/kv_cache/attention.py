@@ -54,9 +54,20 @@ def _attention(
             softcap, window = kwargs.get("softcap") or 0.0, layer.sliding_window or 0
             queries, shift = query.transpose(1, 2), layer.shift
             out = quantizer.attend(
-                layer.pages, queries, layer.used, key.added, attention_mask, shift, scale, softcap, window
+                layer.pages,
+                queries,
+                layer.used,
+                key.added,
+                attention_mask,
+                shift,
+                scale,
+                softcap,
+                window,
+                layer.table,
             )
             return out, None
-        key, value = quantizer.read(layer.pages, query, 0, layer.tokens, layer.shift)
+        first, key, value = key.read(query)
+        if attention_mask is not None:
+            attention_mask = attention_mask[..., first : layer.tokens]
     assert isinstance(value, Tensor)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
