@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from rrsq.quantizer.pipeline import quantize_model
 from rrsq.runtime.decoding import attach_decoder
@@ -78,10 +78,22 @@ def test_weights_that_are_asked_for(model: Any) -> None:
         torch.testing.assert_close(weights, of_eager, rtol=0, atol=1e-2)
 
 
-def test_continuous_batching_is_not_told_to_use_sdpa(model: Any) -> None:
-    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=1)
-    tokens = random_tokens(1, 12)
+class Manager:
+    def __init__(self, implementation: str) -> None:
+        self.implementation = implementation
+
+    def stop(self) -> None:
+        pass
+
+
+def test_continuous_batching_gets_transformers_own(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        type(model),
+        "init_continuous_batching",
+        lambda model, *args: Manager(model.config._attn_implementation),
+    )
     with pytest.warns(UserWarning, match="stays in 16 bits"):
-        results = model.generate_batch(tokens.tolist(), generation_config=config, progress_bar=False)
-    assert [len(result.generated_tokens) for result in results.values()] == [3]
+        manager = model.init_continuous_batching()
+    assert manager.implementation == "eager"
+    manager.stop()
     assert model.config._attn_implementation == ATTENTION

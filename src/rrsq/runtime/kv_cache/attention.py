@@ -98,7 +98,7 @@ def _capped(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with soft-capped logits, and its weights where they are asked for, by some queries at a time."""
+    """Attention with soft-capped logits, some queries at a time; its weights too where they are asked for."""
     shared = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     batch, heads, tokens, _ = query.shape
