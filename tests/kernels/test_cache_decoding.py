@@ -290,6 +290,24 @@ def test_kernel_appends_as_the_reference_does(case: Case, device: torch.device) 
 
 
 @needs_triton
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_window_in_rows_that_are_used_again(backend: str, device: torch.device) -> None:
+    case = Case(window=10, past=65, tokens=3, shift=True)
+    total = case.past + case.tokens
+    whole, rolling = Cache(case, device), Cache(case, device)
+    pages = CachePages(*rolling._page(2, 24, 4), *rolling._page(2, 24, 4))
+    rolling.pages = CachePages(*(x if x is None else x.to(device) for x in pages))
+    with use_kernels("eager"):
+        whole.append()
+        expected = whole.expected()
+    with use_kernels(backend):
+        for first in range(0, total, 20):
+            rolling.append(first, min(first + 20, total))
+        rolling.table = torch.tensor([[0], [1]], dtype=torch.int32, device=device).repeat(1, 3)
+        assert distance(rolling.attend(), expected) < 2**-7
+
+
+@needs_triton
 def test_kernel_attends_as_float64_does(case: Case, device: torch.device) -> None:
     cache = Cache(case, device)
     with use_kernels("eager"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -209,3 +211,14 @@ def test_no_tokens(device):
             torch.bfloat16,
         )
     assert out.shape == (0, 8)
+
+
+@pytest.mark.parametrize("channels", [7, 1024, 2500])
+def test_a_cpu_without_int8_multiplies_floats_exactly(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["rrsq.kernels.linear_int8"]
+    monkeypatch.setattr(module, "_multiplies_int8", lambda: False)
+    monkeypatch.setattr(torch, "_int_mm", None)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-128, 128, (rows, channels), generator=generator).to(torch.int8) for rows in (5, 9))
+    a[0], b[0], a[1] = -128, -128, 127  # The largest sums.
+    assert torch.equal(module.int8_matmul(a, b).long(), a.long() @ b.long().t())

@@ -62,11 +62,11 @@ def cache_append(
         keys, values: ``[batch, kv_heads, tokens, head_dim]``, any strides; keys after RoPE.
         key_codes, key_scale, key_minimum, value_codes, value_scale, value_minimum: see
             :class:`~rrsq.kernels.cache.CachePages`; written to.
-        slots: where the tokens go. int32 ``[1]``: token ``t`` of sequence ``b`` to row ``slots + t`` of block
-            ``b``. int64 ``[batch * tokens]``: to row ``slots % block_size`` of block ``slots // block_size``;
-            nowhere if it is negative.
-        positions: with ``[1]`` slots, int32 ``[batch]``, what to add to a row for its position, or None for
-            0; else int ``[batch * tokens]``, the positions.
+        slots: where the tokens go. int32 ``[1]``: token ``t`` of sequence ``b`` to row ``(slots + t) %
+            block_size`` of block ``b``, with no more tokens than rows. int64 ``[batch * tokens]``: to row
+            ``slots % block_size`` of block ``slots // block_size``; nowhere if it is negative.
+        positions: with ``[1]`` slots, int32 ``[batch]``, what to add to ``slots + t`` for the position, or
+            None for 0; else int ``[batch * tokens]``, the positions.
         key_signs, value_signs: int8 ``[head_dim, head_dim]`` of ±1, ``sqrt(head_dim) H``, or None.
         key_offset, value_offset: float32 ``[kv_heads, head_dim]``, or None.
         frequencies, rope_scale: see :func:`~rrsq.kernels.cache.offset_keys`.
@@ -75,9 +75,9 @@ def cache_append(
     batch, _, tokens, head_dim = keys.shape
     block_size = key_codes.shape[2]
     if slots.shape[0] == 1 and slots.dtype == torch.int32:
-        rows = slots + torch.arange(tokens, device=keys.device)
-        place = rows.expand(batch, tokens)
-        where = place if positions is None else place + positions.unsqueeze(1)
+        token = (slots + torch.arange(tokens, device=keys.device)).expand(batch, tokens)
+        place = token % block_size
+        where = token if positions is None else token + positions.unsqueeze(1)
         block = torch.arange(batch, device=keys.device).unsqueeze(1).expand(batch, tokens)
     else:
         assert positions is not None
@@ -255,6 +255,7 @@ def _append_kernel(
     frequencies,
     rope_scale,
     tokens,
+    rows,
     keys_stride_batch,
     keys_stride_head,
     keys_stride_token,
@@ -308,9 +309,9 @@ def _append_kernel(
         row = (slot % BLOCK_SIZE).to(tl.int32)
         position = tl.load(positions + batch * tokens + token, mask=real, other=0).to(tl.int32)
     else:
-        row = tl.load(slots) + token
+        position = tl.load(slots) + token
+        row = position % rows
         block = batch + tl.zeros([TILE], tl.int64)
-        position = row
         if SHIFTED:
             position += tl.load(positions + batch)
     channel = tl.arange(0, PADDED)
@@ -407,6 +408,7 @@ def _launch(
         frequencies,
         rope_scale,
         tokens,
+        key_codes.shape[2],
         *keys.stride()[:3],
         *values.stride()[:3],
         *key_codes.stride()[:3],

@@ -2,6 +2,7 @@
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -19,11 +20,34 @@ __all__ = ["FLOATING", "int8_matmul", "launch", "linear_int8"]
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
+_ROWS_FOR_FLOATS = 4
+"""From which on the conversion of the weights is worth it."""
+_EXACT = 1024
+"""Products of two int8 whose sum float32 holds exactly, in any order: ``1024 * 128**2 = 2**24``."""
+
+
+@functools.cache
+def _multiplies_int8() -> bool:
+    """Whether this CPU has instructions for products of int8 that torch uses."""
+    return bool(torch.cpu._is_vnni_supported())
+
+
+def _product_of_floats(a: Tensor, b: Tensor) -> Tensor:
+    """:func:`int8_matmul` by products of float32, each over so few channels that it is exact."""
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    for part, of_b in zip(a.split(_EXACT, 1), b.split(_EXACT, 1), strict=True):
+        total += (part.float() @ of_b.float().t()).to(torch.int32)
+    return total
+
+
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T`` of int8 ``[m, k]`` and ``[n, k]`` in int32 ``[m, n]``, exact.
 
-    CUDA's ``torch._int_mm`` wants at least 17 rows and multiples of 8 elsewhere: zeros pad what is short.
+    CUDA's ``torch._int_mm`` wants at least 17 rows and multiples of 8 elsewhere: zeros pad what is short. On
+    a CPU it is a loop over single numbers where there are no instructions for int8.
     """
+    if a.device.type == "cpu" and a.shape[0] >= _ROWS_FOR_FLOATS and not _multiplies_int8():
+        return _product_of_floats(a, b)
     if a.device.type != "cuda":
         return torch._int_mm(a, b.t())
     m, k = a.shape

@@ -67,19 +67,27 @@ def rotate_blocks(x: Tensor, block: int) -> Tensor:
     Returns:
         float32 ``[tokens, channels]``, to the bit what every implementation computes.
     """
-    return _butterflies(x, block) * (1.0 / math.sqrt(block))
+    return _butterflies(x, block).t().reshape(x.shape) * (1.0 / math.sqrt(block))
 
 
 def _butterflies(x: Tensor, block: int) -> Tensor:
-    """:func:`rotate_blocks` without the factor: sums and differences at distances 1, 2, 4, ..."""
-    tokens, channels = x.shape
-    # A block's channels apart from each other: what is added lies in one piece then.
-    y, distance = x.float().view(-1, block).t().contiguous(), 1
+    """:func:`rotate_blocks` without the factor: sums and differences at distances 1, 2, 4, ...
+
+    Float32 ``[block, tokens * channels / block]``. A block's channels lie apart from each other there: what
+    is added lies in one piece.
+    """
+    columns = x.reshape(-1, block)
+    y = torch.empty(columns.shape[::-1], dtype=torch.float32, device=x.device)
+    for row, column in zip(y.unbind(0), columns.unbind(1), strict=True):
+        row.copy_(column)
+    spare, distance = torch.empty_like(y), 1
     while distance < block:
         first, second = y.unflatten(0, (-1, 2, distance)).unbind(1)
-        y = torch.stack((first + second, first - second), 1).flatten(0, 2)
-        distance *= 2
-    return y.t().reshape(tokens, channels)
+        sums, differences = spare.unflatten(0, (-1, 2, distance)).unbind(1)
+        torch.add(first, second, out=sums)
+        torch.sub(first, second, out=differences)
+        y, spare, distance = spare, y, 2 * distance
+    return y
 
 
 @operation(
@@ -116,46 +124,57 @@ def quantize_signed(x: Tensor, bits: int, group_size: int | None, block: int) ->
     rows = max(_PIECE // x.shape[1], 1)
     for part, to, scales in zip(x.split(rows), operand.split(rows), scale.split(rows), strict=True):
         codes, a = _quantized(part, bits, group_size, block)
-        to.copy_(codes)
+        for column, row in zip(to.view(-1, codes.shape[0]).unbind(1), codes.unbind(0), strict=True):
+            column.copy_(row)
         scales.copy_(a)
     return operand, scale
 
 
 def _quantized(x: Tensor, bits: int, group_size: int | None, block: int) -> tuple[Tensor, Tensor]:
-    """:func:`quantize_signed`, the former float32."""
+    """:func:`quantize_signed`, the former float32, with the channels of a group or a block apart."""
+    tokens, channels = x.shape
     y = _butterflies(x, block)
     norm = 1.0 / math.sqrt(block)
-    largest = y.abs().amax(1) * norm
+    largest = torch.maximum(y.amax(0), -y.amin(0)).view(tokens, channels // block).amax(1) * norm
     if group_size is None:
         c = code_max(bits)
         scale = code_scale(largest, 1.0 / c)
-        return (y * (norm * (1.0 / scale)).unsqueeze(1)).round_().clamp_(-c, c), scale
+        y.mul_((norm * (1.0 / scale)).repeat_interleave(channels // block))
+        return y.round_().clamp_(-c, c), scale
     scale = code_scale(largest, 1.0 / (7 * SIGNED_MAX))
-    r = (y * (norm * (1.0 / scale)).unsqueeze(1)).half().float()
-    # A group's channels apart from each other, as in the rotation.
-    r = r.view(-1, group_size).t().contiguous()
+    y.mul_((norm * (1.0 / scale)).repeat_interleave(channels // block))
+    if group_size != block:
+        y = y.t().reshape(-1, group_size).t().contiguous()
+    half = y.half()
+    r = half.float()
     top, bottom = r.amax(0), -r.amin(0)
     sign = torch.where(top >= bottom, -1.0, 1.0)
     bound = torch.maximum(
         torch.maximum(top, bottom) * (1.0 / _LOWEST), torch.minimum(top, bottom) * (1.0 / _HIGHEST)
     )
     middle = bound.ceil().clamp(1, SIGNED_MAX)
-    best, least = torch.zeros_like(r), torch.full_like(top, torch.inf, dtype=torch.float16)
+    best, least = sign, torch.full_like(top, torch.inf, dtype=torch.float16)
+    codes = y
     for step in _STEPS:
         m = (middle + step).clamp(1, SIGNED_MAX) * sign
-        operand = (r * (1.0 / m).half().float()).round_().clamp_(-8, 7).mul_(m)
-        error = _sum_of_squares((r - operand).half())
-        best = torch.where(error < least, operand, best)
+        _codes(r, m, codes)
+        # A code times a multiplier is exact.
+        error = _sum_of_squares(half.copy_(torch.addcmul(r, codes, m, value=-1, out=codes)))
+        best = torch.where(error < least, m, best)
         least = torch.minimum(error, least)
-    return best.t().reshape(y.shape), scale
+    return _codes(r, best, codes).mul_(best), scale
+
+
+def _codes(r: Tensor, multiplier: Tensor, out: Tensor) -> Tensor:
+    return torch.mul(r, (1.0 / multiplier).half().float(), out=out).round_().clamp_(-8, 7)
 
 
 def _sum_of_squares(error: Tensor) -> Tensor:
-    """Over the first dimension, in order, every square and sum rounded to float16."""
-    first, *others = (error * error).unbind(0)
+    """Over the first dimension, in order, every square and sum rounded to float16; ``error`` is squared."""
+    total, *others = error.mul_(error).unbind(0)
     for square in others:
-        first = first + square
-    return first
+        total.add_(square)
+    return total.clone()
 
 
 _LEAST_LEVEL = tl.constexpr(1.0 / 8.49)

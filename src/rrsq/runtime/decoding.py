@@ -87,15 +87,24 @@ class _Pool:
         self._lock = threading.Lock()
 
     def take(
-        self, quantizers: tuple[KVQuantizer, ...], batch: int, tokens: int, device: torch.device
+        self,
+        quantizers: tuple[KVQuantizer, ...],
+        windows: tuple[int | None, ...],
+        batch: int,
+        tokens: int,
+        device: torch.device,
     ) -> Storage:
         with self._lock:
-            fitting = [storage for storage in self._free if storage.fits(batch, tokens, device)]
+            fitting = [
+                storage
+                for storage in self._free
+                if storage.windows == windows and storage.fits(batch, tokens, device)
+            ]
             if fitting:
                 best = min(fitting, key=lambda storage: storage.capacity)
                 self._free.remove(best)
                 return best
-        return Storage(quantizers, batch, enough(tokens), device)
+        return Storage(quantizers, windows, batch, enough(tokens), device)
 
     def give_back(self, storage: Storage) -> None:
         with self._lock:
@@ -176,7 +185,8 @@ class Decoder:
         if storage is not None and shared and storage.fits(batch, needed, device):
             return storage
         capacity = max(needed, layers[0].reserved)
-        storage = self._pool.take(self.quantizers, batch, capacity, device)
+        windows = tuple(layer.sliding_window for layer in layers)
+        storage = self._pool.take(self.quantizers, windows, batch, capacity, device)
         structure = structure_of(self.model)
         if storage.structure != structure:
             storage.structure, storage.graphs = structure, {}

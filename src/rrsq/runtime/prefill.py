@@ -243,7 +243,7 @@ class Prefill:
             kind, dtype = found.kind, found.dtype
         storage.used.fill_(tokens)
         for layer in cache.layers:
-            layer.filled(tokens, dtype)
+            layer.filled(tokens, length, dtype)
         return kind(last_hidden_state=hidden, past_key_values=cache)
 
     def _padded(

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from rrsq.runtime.decoding import _Pool, attach_decoder
+from rrsq.runtime.kv_cache import static
 from rrsq.runtime.kv_cache.layers import QuantizedCacheLayer
 from rrsq.runtime.kv_cache.quantizer import KVQuantizer
 from rrsq.runtime.kv_cache.static import CodesLayer, Storage, enough
@@ -26,12 +27,12 @@ EXACT_LINEARS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["tiny_llama_dir", "tiny_qwen2_dir", "gemma3_text"])
+@pytest.fixture(scope="module", params=["tiny_llama_dir", "tiny_qwen2_dir", "gemma2", "gemma3_text"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     recipe = recipe_of("rrs1-w4a4kv4", EXACT_LINEARS)
-    if request.param == "gemma3_text":
-        folder = tmp_path_factory.mktemp("gemma3")
-        tiny_model("gemma3_text").save_pretrained(folder)
+    if request.param.startswith("gemma"):
+        folder = tmp_path_factory.mktemp(request.param)
+        tiny_model(request.param).save_pretrained(folder)
     else:
         folder = request.getfixturevalue(request.param)
     quantized = quantize_tiny(folder, recipe).model
@@ -41,8 +42,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(autouse=True)
 def _codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU too, where the operations' references attend to the codes."""
+    """On a CPU too, where the operations' references attend to the codes; sliding layers hold 24 tokens."""
     monkeypatch.setattr(KVQuantizer, "reads_codes", lambda self, device: self._config is not None)
+    monkeypatch.setattr(static, "BEYOND_WINDOW", 16)
+    monkeypatch.setattr(static, "_STEP", 8)
 
 
 def assert_near(value: Tensor, reference: Tensor, tolerance: float = 0.02) -> None:
@@ -155,16 +158,17 @@ def test_a_storage_is_used_again_by_the_next_cache(model: Any) -> None:
 def test_no_more_storage_is_kept_than_is_cheap(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pool, device = _Pool(), torch.device("cpu")
     quantizers = model.forward.quantizers
-    storages = [Storage(quantizers, 1, capacity, device) for capacity in (8, 16, 32)]
+    windows = (None,) * len(quantizers)
+    storages = [Storage(quantizers, windows, 1, capacity, device) for capacity in (8, 16, 32)]
     for storage in storages:
         pool.give_back(storage)
-    assert pool.take(quantizers, 1, 8, device) is storages[1]
+    assert pool.take(quantizers, windows, 1, 8, device) is storages[1]
     monkeypatch.setattr("rrsq.runtime.decoding._FREE_BYTES", storages[2].nbytes)
     pool.give_back(storages[0])
-    assert pool.take(quantizers, 1, 8, device) is storages[0]
+    assert pool.take(quantizers, windows, 1, 8, device) is storages[0]
     monkeypatch.setattr("rrsq.runtime.decoding._FREE_BYTES", storages[2].nbytes - 1)
     pool.give_back(storages[2])
-    assert pool.take(quantizers, 1, 8, device) is not storages[2]
+    assert pool.take(quantizers, windows, 1, 8, device) is not storages[2]
 
 
 def test_graphs_of_other_hooks_are_thrown_away(model: Any) -> None:
@@ -251,7 +255,7 @@ def test_the_cache_is_small(model: Any) -> None:
     logits_of(model, random_tokens(2, 32), past_key_values=cache)
     for layer in cache.layers:
         scheme = layer.quantizer.keys
-        entries = 2 * 2 * 32 * scheme.kv_heads * scheme.head_dim
+        entries = 2 * 2 * (24 if layer.is_sliding else 32) * scheme.kv_heads * scheme.head_dim
         assert layer.nbytes == entries * (4 + 16 / min(32, scheme.head_dim) * 3 / 2) / 8
 
 

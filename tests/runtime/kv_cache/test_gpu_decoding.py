@@ -21,11 +21,11 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=["tiny_llama_dir", "tiny_qwen2_dir", "gemma3_text"])
+@pytest.fixture(scope="module", params=["tiny_llama_dir", "tiny_qwen2_dir", "gemma2", "gemma3_text"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if request.param == "gemma3_text":
-        folder = tmp_path_factory.mktemp("gemma3")
-        tiny_model("gemma3_text").save_pretrained(folder)
+    if request.param.startswith("gemma"):
+        folder = tmp_path_factory.mktemp(request.param)
+        tiny_model(request.param).save_pretrained(folder)
     else:
         folder = request.getfixturevalue(request.param)
     quantized = quantize_tiny(folder, recipe_of("rrs-w4a4kv4")).model

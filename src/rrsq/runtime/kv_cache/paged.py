@@ -10,7 +10,7 @@ import functools
 import warnings
 from typing import Any
 
-from .attention import ATTENTION, use_attention
+from .attention import ATTENTION, attention_of_transformers, use_attention
 
 __all__ = ["PagedBatching"]
 
@@ -38,7 +38,7 @@ class PagedBatching:
         config = self.model.config.get_text_config()
         ours = config._attn_implementation == ATTENTION
         if ours:
-            config._attn_implementation = "sdpa"
+            config._attn_implementation = attention_of_transformers(config)
         try:
             manager = type(self.model).init_continuous_batching(self.model, *args, **kwargs)
         except BaseException:

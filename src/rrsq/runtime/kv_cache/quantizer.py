@@ -268,10 +268,15 @@ class KVQuantizer(nn.Module):
     def round_trip(self, keys: Tensor, values: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """What a cache that is empty before would give back of all its tokens."""
         batch, _, tokens, _ = keys.shape
-        pages = self.pages(batch, tokens, keys.device)
         shift = None
         if position_ids is not None:
             shift = (position_ids[:, -1].expand(batch) - (tokens - 1)).to(torch.int32)
+        return self.stored_and_read(keys, values, shift)
+
+    def stored_and_read(self, keys: Tensor, values: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same; ``shift``: int32 ``[batch]``, position of the first token of each sequence, or None."""
+        batch, _, tokens, _ = keys.shape
+        pages = self.pages(batch, tokens, keys.device)
         slots, constants = torch.zeros(1, dtype=torch.int32, device=keys.device), self.constants(keys.device)
         append = self._choose(kernels.cache_append, "keys", keys)
         append(keys, values, *pages, slots, shift, *constants, *self._signed)
