@@ -312,7 +312,7 @@ def _call(
     values: Tensor,
     places: tuple[Tensor | None, Tensor | None],
     tokens: tuple[int, int],
-    strides: tuple[int, int, int],
+    strides: tuple[int, ...],
     listed: bool,
 ) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
     """Grid, arguments and constants of a launch that fills ``keys`` and ``values`` ``[..., head_dim]``.
