@@ -160,7 +160,7 @@ class CacheCase:
         rope = KeyRotary(torch.ones(SIZES.head_dim // 2))
         quantizer = attach_kv_quantizer(parent, LLAMA, recipe.kv_cache, SIZES, rope, 4)
         assert isinstance(quantizer, KVQuantizer)
-        storage = Storage((quantizer,), 1, self.cached + self.tokens, torch.device("cpu"))
+        storage = Storage((quantizer,), (None,), 1, self.cached + self.tokens, torch.device("cpu"))
         layer = CodesLayer(quantizer, None, storage)
         keys = torch.randn(1, SIZES.kv_heads, self.tokens, SIZES.head_dim, dtype=torch.bfloat16)
         query = torch.randn(1, SIZES.heads, self.tokens, SIZES.head_dim, dtype=torch.bfloat16)
@@ -171,7 +171,7 @@ class CacheCase:
 
         store()
         tokens = CachedTokens(layer, self.tokens)
-        use_attention(SimpleNamespace(_attn_implementation="sdpa"))
+        use_attention(SimpleNamespace(_attn_implementation="sdpa", output_attentions=False))
         attention = AttentionInterface()[ATTENTION]
         return store if self.stores else lambda: attention(parent, query, tokens, tokens, None, 0.125)
 
