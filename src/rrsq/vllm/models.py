@@ -19,6 +19,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from ..models import families
 from ..runtime.modules.norms import replace_final_norm, replace_layer_norms
 from .cache import quantized_cache
+from .fusion import fuse
 from .limits import check_servable
 from .loading import described_model, expected_tensors, load_checkpoint
 
@@ -67,6 +68,7 @@ class _Served(_Model):
         with quantized_cache(vllm_config, quant_config.family, described) as quantizers:
             quant_config.quantizers = quantizers
             self._build(vllm_config, prefix)
+        fuse(self.get_submodule(quant_config.places.layers), vllm_config)
         self._checkpoint = (quant_config, expected_tensors(described))
 
     def _build(self, vllm_config: VllmConfig, prefix: str) -> None:
