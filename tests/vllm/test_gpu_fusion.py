@@ -63,11 +63,14 @@ def log_probabilities(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_engine_with_fewer_kernels(name: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A code that falls to its neighbour changes logits a little; a wrong norm or gate changes all."""
+    """Codes that fall to their neighbours change these random models by about an eighth of the spread.
+
+    A wrong norm or gate changes them by more than all of it.
+    """
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")  # Of the one, which the other would take.
     rrsq.vllm.register()
-    folder = make(name, CONFIGS[name]())
+    folder = make(f"larger {name}", CONFIGS[name]())
     for operation in FUSED:
         operation._chosen.clear()
     actual = log_probabilities(folder)
@@ -78,4 +81,4 @@ def test_an_engine_with_fewer_kernels(name: str, make: Make, monkeypatch: pytest
     monkeypatch.setattr("rrsq.vllm.models.fuse", lambda *_: None)
     expected = log_probabilities(folder)
     assert not any(operation._chosen for operation in FUSED)
-    assert (actual - expected).abs().mean() < 0.1 * expected.std()
+    assert (actual - expected).abs().mean() < 0.3 * expected.std()

@@ -134,7 +134,7 @@ def _fuse_gate(parent: nn.Module, linear: str, quantizer: InputQuantizer) -> Non
         activation = _activation(child)
         if activation is not None and _readers(parent, name, (_stream(),), {}) == [linear]:
             own = copy.copy(child)  # vLLM may give all layers, and other models, the same one.
-            own.forward = GateForward(activation, quantizer)  # type: ignore[assignment]
+            own.forward = GateForward(activation, quantizer)
             setattr(parent, name, own)
 
 
