@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
 from ..errors import CheckpointError
-from ..runtime.modules.input import InputQuantizer, Weight
+from ..runtime.modules.input import InputQuantizer, Int8Input, Weight
 from ..runtime.modules.linear import multiplier_dtype
 from ..runtime.modules.rotation import online_rotation
 from ..runtime.rotation.rotations import Rotations
@@ -20,7 +20,7 @@ from .limits import shard_rotation, shard_scheme
 from .parameters import Multipliers, Packed, PartOfWeight, Scales, empty_scales
 from .places import LinearPlace
 
-__all__ = ["RRSQLinearMethod", "input_quantizer"]
+__all__ = ["QuantizedRows", "RRSQLinearMethod", "input_quantizer"]
 
 
 def input_quantizer(place: LinearPlace, rotations: Rotations, whole: int, channels: int) -> InputQuantizer:
@@ -40,6 +40,20 @@ def input_quantizer(place: LinearPlace, rotations: Rotations, whole: int, channe
     return InputQuantizer(
         shard_scheme(place.path, scheme, channels), shard_rotation(place.path, rotation, channels)
     )
+
+
+class QuantizedRows:
+    """An input ``[tokens, channels]`` that is quantized already, of a linear with no rows in 16 bits.
+
+    Args:
+        operand, scale: see :class:`~rrsq.runtime.modules.input.Int8Input`.
+        dtype: of what was quantized.
+    """
+
+    def __init__(self, operand: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        self.quantized = Int8Input(operand, scale)
+        self.shape = operand.shape
+        self.dtype = dtype
 
 
 @register_weight_loader_v2_supported_method
@@ -121,10 +135,10 @@ class RRSQLinearMethod(LinearMethodBase):
         if rotation is not None:
             rotation.base(layer.weight_packed.device)
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``[..., in]`` to ``[..., out]`` in the dtype of ``x``."""
+    def apply(self, layer: Any, x: Any, bias: Tensor | None = None) -> Tensor:
+        """``[..., in]``, a tensor or :class:`QuantizedRows`, to ``[..., out]`` in the dtype of ``x``."""
         weight = Weight(layer.weight_packed, layer.weight_scale, layer.weight_multiplier, None, None)
-        quantized = layer.input_quantizer(x)
+        quantized = x.quantized if isinstance(x, QuantizedRows) else layer.input_quantizer(x)
         if all(kind for kind, _ in layer.row_runs):
             y = quantized.multiply(weight._replace(bias=bias), x.dtype)
             return y.view(*x.shape[:-1], y.shape[-1])

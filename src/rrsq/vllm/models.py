@@ -20,6 +20,7 @@ from ..models import families
 from ..runtime.modules.norms import replace_final_norm, replace_layer_norms
 from ..runtime.scheme import embedding_is_kept
 from .cache import quantized_cache
+from .fusion import fuse
 from .head import quantize_embedding
 from .limits import check_servable
 from .loading import described_model, expected_tensors, load_checkpoint
@@ -71,6 +72,7 @@ class _Served(_Model):
             self._build(vllm_config, prefix)
         if not embedding_is_kept(quant_config.info.recipe, quant_config.family):
             quantize_embedding(self, quant_config.places, shared=quant_config.shares_codes)
+        fuse(self.get_submodule(quant_config.places.layers), vllm_config)
         self._checkpoint = (quant_config, expected_tensors(described))
 
     def _build(self, vllm_config: VllmConfig, prefix: str) -> None:

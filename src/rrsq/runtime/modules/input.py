@@ -224,6 +224,16 @@ class InputQuantizer(nn.Module):
         """Whether an input may be computed by what quantizes it."""
         return self.scheme.signed and not self._stays_float
 
+    def computed_by(
+        self, operation: Callable[..., tuple[Tensor, ...]], activations: tuple[Tensor, ...], arguments: Any
+    ) -> tuple[Tensor, ...]:
+        """What an operation gives that computes an input where it quantizes it.
+
+        Operand and scale come first. For what is compiled; see :class:`.deferred.DeferredInput` for the
+        operation's arguments, and for modules.
+        """
+        return operation(*activations, *arguments, *self._quantization(activations[0].device)[1])
+
     def prepare_deferred(self, x: DeferredInput, weight: Weight) -> PreparedLinear:
         """:meth:`prepare_linear` of what is computed where it is quantized: for ``x.activations``."""
         quantize = x.operation.prepare(*x.activations, *x.arguments, *self._quantization(x.device)[1])
