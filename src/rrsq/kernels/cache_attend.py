@@ -8,7 +8,8 @@ turning ``(A, B)`` back by ``p_0 f`` leaves a product with the constant ``cos(j 
 """
 
 # Tuples of tiles grow by a tile at a time, and kernels cannot unpack them.
-# ruff: noqa: RUF005
+# A branch that a constant leaves out is not compiled only if the constant stands alone.
+# ruff: noqa: RUF005, SIM102
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 # mypy: disable-error-code="assignment, var-annotated"
 
@@ -181,6 +182,7 @@ def _prepare_kernel(
     ROWS: tl.constexpr,
     KEY_CHUNK: tl.constexpr,
     ROTATED: tl.constexpr,
+    OFFSET: tl.constexpr,
     PAIRS: tl.constexpr,
     PADDED_PAIRS: tl.constexpr,
     HEADS_AT_ONCE: tl.constexpr,
@@ -240,39 +242,41 @@ def _prepare_kernel(
         )
         if chunk == 0:
             tl.store(factor, largest * scaling, mask=present)
-    elif chunk == 2 * CHUNKS:
-        constant = tl.zeros([HEADS_AT_ONCE], tl.float32)
-        means = (key_offset + kv_head * HEAD_DIM)[None, :]
-        if 2 * PAIRS < HEAD_DIM:
-            whole = tl.arange(0, 2 * PADDED)
-            beyond = ((whole >= 2 * PAIRS) & (whole < HEAD_DIM))[:, None] & present[None, :]
-            of_rest = tl.load(q_rows[None, :] + whole[:, None], mask=beyond, other=0.0).to(tl.float32)
-            constant += tl.sum(of_rest * tl.load(means + whole[:, None], mask=beyond, other=0.0), 0)
-        tl.store(factor + 2 * ROWS, constant * scaling, mask=present)
-        if PAIRS > 0:
-            pair = tl.arange(0, PADDED_PAIRS)[:, None]
-            here = (pair < PAIRS) & present[None, :]
-            first_q = tl.load(q_rows[None, :] + pair, mask=here, other=0.0).to(tl.float32)
-            second_q = tl.load(q_rows[None, :] + (pair + PAIRS), mask=here, other=0.0).to(tl.float32)
-            first_mean = tl.load(means + pair, mask=here, other=0.0) * rope_scale
-            second_mean = tl.load(means + (pair + PAIRS), mask=here, other=0.0) * rope_scale
-            along = first_q * first_mean + second_q * second_mean
-            across = second_q * first_mean - first_q * second_mean
-            # No turn makes them larger than this.
-            bound = tl.sqrt(tl.max(along * along + across * across, 0))
-            bound = tl.where(bound > 0, bound, 1.0)
-            to_pairs = factor[None, :] + (3 + pair) * ROWS
-            tl.store(to_pairs, along / bound[None, :], mask=present[None, :])
-            tl.store(to_pairs + PADDED_PAIRS * ROWS, across / bound[None, :], mask=present[None, :])
-            tl.store(factor + ROWS, bound * scaling, mask=present)
-    elif tl.program_id(1) == 0:
-        turning = tl.arange(0, PADDED_PAIRS)
-        frequency = tl.load(frequencies + turning, mask=turning < PAIRS, other=0.0) * 0.15915494309189535
-        step = tl.arange(0, TILE)
-        cos, sin = turned(step.to(tl.float32)[:, None] * frequency.to(tl.float32)[None, :])
-        to_steps = steps + step[:, None] * PADDED_PAIRS + turning[None, :]
-        tl.store(to_steps, cos.to(tl.float16))
-        tl.store(to_steps + TILE * PADDED_PAIRS, sin.to(tl.float16))
+    if OFFSET:
+        if chunk == 2 * CHUNKS:
+            constant = tl.zeros([HEADS_AT_ONCE], tl.float32)
+            means = (key_offset + kv_head * HEAD_DIM)[None, :]
+            if 2 * PAIRS < HEAD_DIM:
+                whole = tl.arange(0, 2 * PADDED)
+                beyond = ((whole >= 2 * PAIRS) & (whole < HEAD_DIM))[:, None] & present[None, :]
+                of_rest = tl.load(q_rows[None, :] + whole[:, None], mask=beyond, other=0.0).to(tl.float32)
+                constant += tl.sum(of_rest * tl.load(means + whole[:, None], mask=beyond, other=0.0), 0)
+            tl.store(factor + 2 * ROWS, constant * scaling, mask=present)
+            if PAIRS > 0:
+                pair = tl.arange(0, PADDED_PAIRS)[:, None]
+                here = (pair < PAIRS) & present[None, :]
+                first_q = tl.load(q_rows[None, :] + pair, mask=here, other=0.0).to(tl.float32)
+                second_q = tl.load(q_rows[None, :] + (pair + PAIRS), mask=here, other=0.0).to(tl.float32)
+                first_mean = tl.load(means + pair, mask=here, other=0.0) * rope_scale
+                second_mean = tl.load(means + (pair + PAIRS), mask=here, other=0.0) * rope_scale
+                along = first_q * first_mean + second_q * second_mean
+                across = second_q * first_mean - first_q * second_mean
+                # No turn makes them larger than this.
+                bound = tl.sqrt(tl.max(along * along + across * across, 0))
+                bound = tl.where(bound > 0, bound, 1.0)
+                to_pairs = factor[None, :] + (3 + pair) * ROWS
+                tl.store(to_pairs, along / bound[None, :], mask=present[None, :])
+                tl.store(to_pairs + PADDED_PAIRS * ROWS, across / bound[None, :], mask=present[None, :])
+                tl.store(factor + ROWS, bound * scaling, mask=present)
+    if PAIRS > 0:
+        if (chunk == 2 * CHUNKS + 1) & (tl.program_id(1) == 0):
+            turning = tl.arange(0, PADDED_PAIRS)
+            frequency = tl.load(frequencies + turning, mask=turning < PAIRS, other=0.0) * 0.15915494309189535
+            step = tl.arange(0, TILE)
+            cos, sin = turned(step.to(tl.float32)[:, None] * frequency.to(tl.float32)[None, :])
+            to_steps = steps + step[:, None] * PADDED_PAIRS + turning[None, :]
+            tl.store(to_steps, cos.to(tl.float16))
+            tl.store(to_steps + TILE * PADDED_PAIRS, sin.to(tl.float16))
 
 
 @triton.jit
@@ -493,8 +497,7 @@ def _attend_kernel(
         sums = low_sums + high_sums
 
     weight = tl.sum(weights, 0)
-    share_of = tl.where(weight > 0, 1.0 / weight, tl.where(weight == 0, 0.0, weight))
-    some = tl.where(weight == 0, 0.0, 1.0)
+    nothing = weight[None, :] == 0
     if WHOLE:
         out = output + ((batch * TOKENS + token) * HEADS + head) * HEAD_DIM
     else:
@@ -508,10 +511,12 @@ def _attend_kernel(
             inside = chunk * VALUE_CHUNK + inner < HALF
             result = sums[half * VALUE_CHUNKS + chunk]
             if WHOLE:
-                result = result * share_of[None, :]
+                # As the parts are combined, so that one part is no other result than all.
+                result = tl.where(nothing, 0.0, result / tl.where(nothing, 1.0, weight[None, :]))
                 if VALUE_OFFSET:
                     mean = value_offset + kv_head * HEAD_DIM + first_channel
-                    result += tl.load(mean + inner, mask=inside, other=0.0)[:, None] * some[None, :]
+                    of_mean = tl.load(mean + inner, mask=inside, other=0.0)[:, None]
+                    result += tl.where(nothing, 0.0, of_mean)
             tl.store(
                 out[None, :] + (first_channel + inner)[:, None],
                 result.to(output.dtype.element_ty),
@@ -644,6 +649,7 @@ def _launch(
         ROWS=rows,
         KEY_CHUNK=chunk,
         ROTATED=signs is not None,
+        OFFSET=key_offset is not None,
         PAIRS=pairs,
         PADDED_PAIRS=padded_pairs,
         HEADS_AT_ONCE=at_once,
