@@ -136,7 +136,14 @@ FAMILIES = (
     "arcee",
     *WITHOUT_R1,
 )
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "ffn_dim": 96, "head_dim": 16, "num_attention_heads": 4}
+SIZES = {
+    "hidden_size": 64,
+    "word_embed_proj_dim": 64,
+    "intermediate_size": 96,
+    "ffn_dim": 96,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

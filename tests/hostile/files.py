@@ -247,7 +247,7 @@ def _numbers() -> Iterator[Case]:
         "model.layers.0.mlp.down_proj.weight_multiplier",
         "model.layers.1.self_attn.v_proj.weight_multiplier",
     ):
-        for number in (0, 16, 255):
+        for number in (0, 16, 127, -128):
             yield Case("multiplier", f"{number}-{name[13:-18]}", put(name, number), expected=seen_by_loading)
     for name in ("residual", "head"):
         for number in (0, 2, -2, 127, -128):

@@ -20,7 +20,7 @@ from rrsq.quantizer.embedding import quantize_embedding
 from rrsq.quantizer.forecast import forecast
 from rrsq.quantizer.pipeline import needs_calibration, quantize_model
 from rrsq.quantizer.production.output_shards import planned_tensors
-from rrsq.quantizer.production.produce import Calibration, OutputOptions, produce_checkpoint
+from rrsq.quantizer.production.produce import Calibration, OutputOptions, SourceModel, produce_checkpoint
 from rrsq.recipe import Recipe
 from rrsq.runtime.format.describe import checkpoint_contents
 from rrsq.runtime.format.format import CalibrationInfo
@@ -224,9 +224,8 @@ def produced(model: Path, out: Path, recipe: Recipe, stop_at: str | None = None)
             raise KeyboardInterrupt
 
     tokenizer = load_tokenizer(str(model))
-    produce_checkpoint(
-        str(model), recipe, OutputOptions(out), tokenizer, Calibration(tokens, info), on_step=on_step
-    )
+    source = SourceModel(str(model), tokenizer)
+    produce_checkpoint(source, recipe, OutputOptions(out), Calibration(tokens, info), on_step=on_step)
     return out
 
 

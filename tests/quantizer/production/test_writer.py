@@ -50,7 +50,7 @@ def test_tensors_have_the_designed_names_shapes_and_dtypes(qwen2_checkpoint: Pat
     assert tensors[down + "weight_scale"].shape == (64,)
     assert tensors[down + "weight_scale"].dtype == torch.float32
     assert tensors[down + "weight_multiplier"].shape == (64, 3)
-    assert tensors[down + "weight_multiplier"].dtype == torch.uint8
+    assert tensors[down + "weight_multiplier"].dtype == torch.int8
     assert tensors[down + "weight"].shape == (1,)
     assert tensors[down + "weight"].dtype == torch.uint8
     assert tensors["model.layers.0.self_attn.q_proj.bias"].shape == (64,)
