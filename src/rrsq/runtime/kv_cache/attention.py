@@ -74,7 +74,10 @@ def _attention(
                 layer.table,
             )
             return out, None
-        first, key, value = key.read(query)
+        first, seen = key.first, key.fresh
+        if seen is None:
+            seen = quantizer.read(layer.pages, query, first, layer.tokens, layer.shift, layer.table)
+        key, value = seen
         if attention_mask is not None:
             attention_mask = attention_mask[..., first : layer.tokens]
     assert isinstance(value, Tensor)

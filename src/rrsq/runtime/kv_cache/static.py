@@ -215,26 +215,32 @@ class CodesLayer(DynamicLayer):
                 storage.shift.zero_()
             else:
                 storage.shift.copy_(self.next_positions[:, -1].expand(batch) - (new - 1))
-        fresh = self._append(key_states, value_states)
+        fresh, used = None, storage.used_of[self.index]
+        if self.sliding_window is not None and self._overwrites(new):
+            fresh = self._see_and_append(key_states, value_states)
+        else:
+            self.quantizer.append(self.pages, key_states, value_states, used, storage.shift)
         self.tokens += new
         self.is_initialized = True
         if not storage.together:
-            self.used.add_(new)
+            used.add_(new)
         tokens = CachedTokens(self, new, fresh)
         return tokens, tokens
 
-    def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Store new tokens. What they see of the layer, where so many would overwrite what they see."""
+    def _overwrites(self, new: int) -> bool:
+        """Whether so many new tokens would overwrite what they see."""
+        return self.tokens + new - self.first(self.tokens) > self.pages.block_size
+
+    def _see_and_append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new tokens that overwrite what they see of the layer; which is returned."""
         pages, new, shift = self.pages, keys.shape[2], self.shift
-        rows, fresh, first = pages.block_size, None, self.used
-        if self.tokens + new - self.first(self.tokens) > rows:
-            older = self.quantizer.read(pages, keys, self.first(self.tokens), self.tokens, shift, self.table)
-            newer = self.quantizer.stored_and_read(keys, values, first + shift)
-            fresh = torch.cat((older[0], newer[0]), 2), torch.cat((older[1], newer[1]), 2)
+        rows, used = pages.block_size, self.used
+        older = self.quantizer.read(pages, keys, self.first(self.tokens), self.tokens, shift, self.table)
+        newer = self.quantizer.stored_and_read(keys, values, used + shift)
         if new > rows:
-            keys, values, first = keys[:, :, -rows:], values[:, :, -rows:], first + (new - rows)
-        self.quantizer.append(pages, keys, values, first, shift)
-        return fresh
+            keys, values, used = keys[:, :, -rows:], values[:, :, -rows:], used + (new - rows)
+        self.quantizer.append(pages, keys, values, used, shift)
+        return torch.cat((older[0], newer[0]), 2), torch.cat((older[1], newer[1]), 2)
 
     def first(self, seen: int) -> int:
         """The first token that the one behind ``seen`` others sees."""
@@ -395,13 +401,7 @@ class CachedTokens:
         """Whether attention of so many queries with such a mask is computed from codes."""
         return self.new <= QUERIES and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
 
-    def read(self, like: Tensor) -> tuple[int, Tensor, Tensor]:
-        """Keys and values of what the new tokens see, ``[batch, kv_heads, ..., head_dim]``, in 16 bits.
-
-        Before them stands the number of the first token that they are of.
-        """
-        layer = self.layer
-        first = layer.first(layer.tokens - self.new)
-        if self.fresh is not None:
-            return first, *self.fresh
-        return first, *layer.quantizer.read(layer.pages, like, first, layer.tokens, layer.shift, layer.table)
+    @property
+    def first(self) -> int:
+        """The first token that the new ones see."""
+        return self.layer.first(self.layer.tokens - self.new)
