@@ -244,8 +244,9 @@ def test_what_else_reads_it(name: str, make: Make, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("added", [False, True])
 def test_16_bit_norms_within_their_rounding(name: str, added: bool, make: Make) -> None:
     folder = make(name, SERVABLE[name](), [FULL_CACHE])
-    layer = serve(folder).models[0].model.layers[0].bfloat16()
-    norm, quantizer = layer.input_layernorm, layer.self_attn.qkv_proj.input_quantizer
+    layer = serve(folder).models[0].model.layers[0]
+    # Not the layer: vLLM gives all models with the same RoPE the same module.
+    norm, quantizer = layer.input_layernorm.bfloat16(), layer.self_attn.qkv_proj.input_quantizer
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(2 if added else 1, 50, 64, generator=generator).bfloat16()
     with torch.inference_mode():

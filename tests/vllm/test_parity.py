@@ -137,7 +137,8 @@ def test_16_bit_linears_do_not_bind_processes(make: Make) -> None:
 @pytest.mark.parametrize("name", SERVABLE)
 def test_embeddings_of_every_family(name: str, bits: int, ranks: int, make: Make) -> None:
     """Tied heads share the codes, others do not; rows are those of one process."""
-    folder = make(name, SERVABLE[name](), [f"embedding.bits={bits}", *FLOAT])
+    overrides = [f"embedding.bits={bits}", f"rotation.shards={ranks}", *FLOAT]
+    folder = make(name, SERVABLE[name](), overrides)
     assert difference(folder, ranks).abs().max() < 1e-4
 
 

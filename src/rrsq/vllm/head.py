@@ -144,4 +144,5 @@ def quantize_embedding(model: nn.Module, places: Places, *, shared: bool) -> Non
         weight_loader=layer.weight_loader,
     )
     if shared and isinstance(modules.get(head), ParallelLMHead):
+        layer.register_parameter("bias", None)  # Which heads have.
         model.set_submodule(head, layer)
