@@ -24,7 +24,8 @@ _MOST_LOGITS = 2**28
 
 def use_attention(config: Any) -> None:
     """Let a model use the attention of rrsq where it has the one that transformers gives it by itself."""
-    if config._attn_implementation == attention_of_transformers(config) and not config.output_attentions:
+    own = "sdpa", attention_of_transformers(config)  # Older versions take sdpa for all models.
+    if config._attn_implementation in own and not config.output_attentions:
         _register()
         config._attn_implementation = ATTENTION
 
