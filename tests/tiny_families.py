@@ -32,6 +32,7 @@ from transformers import (
     Starcoder2Config,
 )
 
+from rrsq.runtime.kv_cache.attention import cap_attention
 from tiny_quantized import VOCABULARY_SIZE
 
 WINDOW = 8
@@ -220,6 +221,7 @@ def random_model(config: PretrainedConfig) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        cap_attention(model)
         with torch.no_grad():
             for path, parameter in model.named_parameters():
                 if path.endswith("bias"):

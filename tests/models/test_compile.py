@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
 from transformers import DynamicCache
 
 from rrsq.quantizer.pipeline import quantize_model
 from rrsq.runtime.kv_cache.quantizer import KVQuantizer
 from rrsq.runtime.ready import make_ready
-from tiny_families import TINY, random_model
+from tiny_families import TINY, random_model, tiny_model
 from tiny_quantized import random_tokens, recipe_of
 
 
@@ -64,7 +65,15 @@ def assert_compiled_gives_the_same(model: Any, backend: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*the router sent few tokens")
 @pytest.mark.parametrize("name", TINY)
 def test_a_forward_pass_is_one_graph(name: str) -> None:
-    assert_compiled_gives_the_same(ready(name), "eager")
+    try:
+        assert_compiled_gives_the_same(ready(name), "eager")
+    except Unsupported:
+        # Transformers 5.17 branches on the positions where the kind of RoPE depends on them.
+        torch.compiler.reset()
+        plain = tiny_model(name)
+        with pytest.raises(Unsupported):
+            assert_compiled_gives_the_same(plain, "eager")
+        pytest.skip("transformers' own model is not one graph either")
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

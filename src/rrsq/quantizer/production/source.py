@@ -158,8 +158,11 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    from ...runtime.kv_cache.attention import cap_attention
+
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    cap_attention(model)
     return model.eval().requires_grad_(False)
 
 

@@ -145,6 +145,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    from ..kv_cache.attention import cap_attention
+
     check_path("path", path)
     path = str(path)
     if data_root is not None:
@@ -173,6 +175,7 @@ def load_model(
         )
     if "gguf_file" in options:
         _forget_gguf(model)
+    cap_attention(model)
     return (model if mapped else model.to(device)).eval()
 
 

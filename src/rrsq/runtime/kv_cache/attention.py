@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .static import CachedTokens
 
-__all__ = ["ATTENTION", "attention_of_transformers", "use_attention"]
+__all__ = ["ATTENTION", "attention_of_transformers", "cap_attention", "use_attention"]
 
 ATTENTION = "rrsq"
 _MOST_LOGITS = 2**28
@@ -24,7 +24,7 @@ _MOST_LOGITS = 2**28
 
 def use_attention(config: Any) -> None:
     """Let a model use the attention of rrsq where it has the one that transformers gives it by itself."""
-    own = "sdpa", attention_of_transformers(config)  # Older versions take sdpa for all models.
+    own = "sdpa", attention_of_transformers(config)  # See cap_attention.
     if config._attn_implementation in own and not config.output_attentions:
         _register()
         config._attn_implementation = ATTENTION
@@ -33,6 +33,16 @@ def use_attention(config: Any) -> None:
 def attention_of_transformers(config: Any) -> str:
     """The one that transformers takes for a model unless it is told another."""
     return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+
+
+def cap_attention(model: Any) -> None:
+    """Let a model with soft-capped logits have an attention that caps them.
+
+    Transformers 5.17 takes ``sdpa`` for it unless it is told another, which leaves the capping out.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation == "sdpa" and attention_of_transformers(config) != "sdpa":
+        model.set_attn_implementation("eager")
 
 
 @functools.cache
