@@ -196,9 +196,14 @@ class CacheTensor(_Part):
         default=False, description="scales have a sign, so that the lowest code serves every group"
     )
     rotate: bool = Field(default=True, description="Hadamard over head_dim before quantization (R3 for keys)")
-    offset: Literal["none", "mean"] = Field(
+    offset: Literal["none", "mean", "sink"] = Field(
         default="none",
-        description="mean: the calibrated mean, for keys before RoPE, is taken off and put back",
+        description="mean: the calibrated mean, for keys before RoPE, is taken off and put back; sink: and for"
+        " keys at position 0, the attention sink, the mean of those there",
+    )
+    balance: bool = Field(
+        default=False,
+        description="keys: channels are balanced with those of the queries, in front of the rotation",
     )
 
     @model_validator(mode="after")
@@ -221,6 +226,12 @@ class KVCache(_Part):
     sensitive_layers: int = Field(
         default=0, ge=0, le=LARGEST, description="this many layers, found in calibration, get 8-bit keys"
     )
+
+    @model_validator(mode="after")
+    def _of_keys(self) -> KVCache:
+        if self.values.offset == "sink" or self.values.balance:
+            raise ValueError("values have neither offset: sink nor balance: they are for keys")
+        return self
 
 
 class Embedding(_Part):

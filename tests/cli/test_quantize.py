@@ -103,7 +103,7 @@ def test_recipes_lists_all_and_prints_one() -> None:
     listing = rrsq("recipes").output
     rows = {line.split()[0]: line.split()[1:4] for line in listing.splitlines() if " " in line}
     assert set(recipe_names()) <= set(rows)
-    assert rows["rrs-w4a4kv4"] == ["4.258", "4", "4.75"]
+    assert rows["rrs-w4a4kv4"] == ["4.258", "4", "4.5"]
     assert rows["gptq-w4a16"] == ["4.07", "16", "16"]
     printed = yaml.safe_load(rrsq("recipes", "rrs-w4a4kv4").output)
     assert printed["activations"]["smoothing"]["scope"] == "token"

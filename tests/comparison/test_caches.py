@@ -14,7 +14,12 @@ from typer.testing import CliRunner
 from rrsq.cli.app import app
 from rrsq.comparison import source as source_module
 from rrsq.comparison import steps as steps_module
-from rrsq.comparison.cache import measure_key_means, read_key_means, replace_cache, write_key_means
+from rrsq.comparison.cache import (
+    measure_cache_means,
+    read_cache_means,
+    replace_cache,
+    write_cache_means,
+)
 from rrsq.comparison.subjects import cache_of, read_caches, subjects
 from rrsq.errors import UsageError
 from rrsq.evaluation.divergence import divergence
@@ -159,7 +164,7 @@ def test_weights_are_quantized_once_and_a_further_cache_only_measures(
         "full-precision@kv4 wikitext2", "full-precision@kv4 kl", f"{name}@kv4 wikitext2", f"{name}@kv4 kl"
     ]  # fmt: skip
     assert f"{name}: quantized already" in report["said"]
-    # The mean keys were kept: without any task of the full-precision model, it is not loaded for them.
+    # The means were kept: without any task of the full-precision model, it is not loaded for them.
     loaded: list[str] = []
     load = steps_module.load_model
 
@@ -219,7 +224,7 @@ def test_a_cache_can_be_replaced_and_taken_away(tiny_qwen2_dir: Path) -> None:
     tokens = random_tokens(2, 24, seed=3)
     plain = load_tiny(tiny_qwen2_dir)
     expected = logits_of(plain, tokens)
-    means = measure_key_means(plain, tokens)
+    means = measure_cache_means(plain, tokens)
     assert torch.equal(logits_of(plain, tokens), expected)
     replace_cache(plain, cache_of("4", None), means)
     assert not torch.equal(logits_of(plain, tokens), expected)
@@ -233,7 +238,7 @@ def test_generation_uses_the_cache_that_was_put_in(done: Path, tiny_qwen2_dir: P
     model: Any = load_model(str(done / "quarot-w4a4kv4" / "checkpoint"), device="cpu", dtype="float32")
     tokens = random_tokens(1, 24, seed=3)
     own = model.forward.quantizers
-    means = measure_key_means(load_tiny(tiny_qwen2_dir), tokens)
+    means = measure_cache_means(load_tiny(tiny_qwen2_dir), tokens)
     replace_cache(model, cache_of("4", load_recipe("quarot-w4a4kv4")), means)
     assert not any(new is old for new in model.forward.quantizers for old in own)
     replace_cache(model, None, None)
@@ -242,7 +247,7 @@ def test_generation_uses_the_cache_that_was_put_in(done: Path, tiny_qwen2_dir: P
     assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer"] * 2
 
 
-def test_key_means_are_those_of_the_projection(tiny_qwen2_dir: Path) -> None:
+def test_means_of_keys_are_those_of_the_projection(tiny_qwen2_dir: Path) -> None:
     model: Any = load_tiny(tiny_qwen2_dir)
     tokens = random_tokens(3, 24, seed=4)
     seen: list[torch.Tensor] = []
@@ -254,20 +259,24 @@ def test_key_means_are_those_of_the_projection(tiny_qwen2_dir: Path) -> None:
     for handle in handles:
         handle.remove()
     expected = torch.stack([keys.double().mean((0, 1)) for keys in seen]).view(2, 2, -1)
-    torch.testing.assert_close(measure_key_means(model, tokens).double(), expected, rtol=1e-4, atol=1e-5)
+    means = measure_cache_means(model, tokens)
+    torch.testing.assert_close(means["key"].double(), expected, rtol=1e-4, atol=1e-5)
+    first = torch.stack([keys[:, 0].double().mean(0) for keys in seen]).view(2, 2, -1)
+    torch.testing.assert_close(means["sink"].double(), first, rtol=1e-4, atol=1e-5)
 
 
-def test_key_means_of_something_else_are_not_used(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "key-means.safetensors"
-    assert read_key_means(path, "a") is None
-    means = torch.randn(2, 2, 4)
-    write_key_means(path, means, "a")
-    read = read_key_means(path, "a")
+def test_means_of_something_else_are_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "cache-means.safetensors"
+    assert read_cache_means(path, "a") is None
+    means = {name: torch.randn(2, 2, 4) for name in ("key", "sink", "key_square", "query_square")}
+    write_cache_means(path, means, "a")
+    read = read_cache_means(path, "a")
     assert read is not None
-    assert torch.equal(read, means)
-    assert read_key_means(path, "b") is None
+    assert read.keys() == means.keys()
+    assert all(torch.equal(read[name], mean) for name, mean in means.items())
+    assert read_cache_means(path, "b") is None
     path.write_bytes(path.read_bytes()[:-9])
-    assert read_key_means(path, "a") is None
+    assert read_cache_means(path, "a") is None
 
 
 def test_values_are_rotated_where_their_weights_are_not() -> None:

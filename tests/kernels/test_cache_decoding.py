@@ -36,11 +36,13 @@ class Case:
     signed: bool = False
     rotated: bool = True
     offset: bool = True
+    sink: bool = True
+    balance: bool = True
     pairs: int | None = None
     window: int = 0
     softcap: float = 0.0
     padded: bool = False
-    shift: bool = False
+    shift: tuple[int, int] | None = None
     block: int | None = None
     dtype: torch.dtype = torch.bfloat16
     huge: bool = False
@@ -54,13 +56,16 @@ CASES = {
     "head of 96": Case(head_dim=96, group=32, shared=3, pairs=0),
     "head of 256": Case(head_dim=256, batch=1, kv_heads=1, past=20, capacity=32),
     "8-bit keys": Case(key_bits=8, value_bits=8),
-    "symmetric, no offset": Case(minimum=False, offset=False),
+    "symmetric, no offset": Case(minimum=False, offset=False, sink=False),
+    "no sink, no balance": Case(sink=False, balance=False),
+    "balance, no rotation": Case(rotated=False),
     "signed": Case(minimum=False, signed=True),
     "partial rotation": Case(pairs=8),
     "no rotary": Case(pairs=0),
     "window": Case(window=10, past=65),
     "softcap": Case(softcap=5.0),
-    "padded": Case(padded=True, shift=True),
+    "padded": Case(padded=True, shift=(0, -9)),
+    "far positions": Case(shift=(900, 33)),
     "a few tokens": Case(tokens=5),
     "a few tokens, window": Case(tokens=3, window=7, padded=True),
     "first token": Case(past=0, capacity=64),
@@ -96,11 +101,14 @@ class Cache:
         if case.rotated:
             matrix = orthonormal(plan_hadamard(case.head_dim), torch.float32)
             self.signs = (matrix * case.head_dim**0.5).round().to(torch.int8)
-        self.shift = torch.tensor([900, 33], dtype=torch.int32)[: case.batch] if case.shift else None
+        self.sink = 9 * normal(case.kv_heads, case.head_dim) if case.sink else None
+        powers = torch.arange(case.head_dim) * 7 % 5 - 2
+        self.balance = (2.0**powers).expand(case.kv_heads, -1).contiguous() if case.balance else None
+        self.shift = None if case.shift is None else torch.tensor(case.shift, dtype=torch.int32)[: case.batch]
         if self.offset is not None:
             positions = torch.arange(total).expand(case.batch, -1)
             positions = positions if self.shift is None else positions + self.shift.unsqueeze(1)
-            turned = offset_keys(self.offset, positions, self.frequencies, 1.0)
+            turned = offset_keys(self.offset, self.sink, positions, self.frequencies, 1.0)
             self.keys = self.keys + turned.transpose(1, 2)
         self.mask = None
         if case.padded:
@@ -120,7 +128,7 @@ class Cache:
             if isinstance(value, Tensor):
                 kept = (
                     value.dtype
-                    if name in ("offset", "value_offset") or not value.is_floating_point()
+                    if name in ("offset", "sink", "balance", "value_offset") or not value.is_floating_point()
                     else None
                 )
                 double = value.dtype == torch.float64
@@ -154,6 +162,8 @@ class Cache:
             self.signs,
             None,
             self.offset,
+            self.sink,
+            self.balance,
             self.value_offset,
             self.frequencies,
             1.0,
@@ -173,6 +183,8 @@ class Cache:
             self.mask,
             self.signs,
             self.offset,
+            self.sink,
+            self.balance,
             self.value_offset,
             self.frequencies,
             1.0,
@@ -196,6 +208,8 @@ class Cache:
             self.signs,
             None,
             self.offset,
+            self.sink,
+            self.balance,
             self.value_offset,
             self.frequencies,
             1.0,
@@ -213,6 +227,8 @@ class Cache:
             self.signs,
             None,
             self.offset,
+            self.sink,
+            self.balance,
             self.value_offset,
             self.frequencies,
             1.0,
@@ -292,7 +308,7 @@ def test_kernel_appends_as_the_reference_does(case: Case, device: torch.device) 
 @needs_triton
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_a_window_in_rows_that_are_used_again(backend: str, device: torch.device) -> None:
-    case = Case(window=10, past=65, tokens=3, shift=True)
+    case = Case(window=10, past=65, tokens=3, shift=(900, 33))
     total = case.past + case.tokens
     whole, rolling = Cache(case, device), Cache(case, device)
     pages = CachePages(*rolling._page(2, 24, 4), *rolling._page(2, 24, 4))
@@ -336,7 +352,7 @@ def test_kernel_reads_as_the_reference_does(case: Case, device: torch.device) ->
 @needs_triton
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_listed_tokens_are_those_that_are_read(case: Case, backend: str, device: torch.device) -> None:
-    case = replace(case, past=min(case.past, 40), shift=False)
+    case = replace(case, past=min(case.past, 40), shift=None)
     cache = Cache(case, device)
     table = cache.table
     if table is None:
@@ -396,7 +412,7 @@ def test_not_a_number_is_not_lost(backend: str, device: torch.device) -> None:
 @needs_triton
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_a_token_that_sees_nothing_gets_zero(backend: str, device: torch.device) -> None:
-    cache = Cache(replace(CASES["padded"], shift=False), device)
+    cache = Cache(replace(CASES["padded"], shift=None), device)
     assert cache.mask is not None
     cache.mask[0] = False
     with use_kernels(backend):
@@ -412,7 +428,8 @@ def test_a_negative_slot_is_written_nowhere(device: torch.device) -> None:
         cache = Cache(CASES["pages"], device)
         keys = cache.keys[:, :1].transpose(1, 2)
         slots = torch.tensor([-1, 40], device=device)
-        arguments: list[Any] = [cache.signs, None, cache.offset, cache.value_offset, cache.frequencies, 1.0]
+        arguments: list[Any] = [cache.signs, None, cache.offset, cache.sink, cache.balance]
+        arguments += [cache.value_offset, cache.frequencies, 1.0]
         with use_kernels(backend):
             kernels.cache_append(keys, keys, *cache.pages, slots, torch.zeros_like(slots), *arguments)
         written = cache.pages.key_scale.abs().sum((1, 3)).nonzero().tolist()

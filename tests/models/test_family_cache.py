@@ -34,7 +34,7 @@ SLIDING = {
 def only_cache_quantized(name: str) -> Any:
     windows = random_tokens(3, LENGTH, seed=1)
     # A scale's sign can hang on two entries of about one magnitude, and then a rounding moves a whole group.
-    recipe = recipe_of("w16a16kv4", ["kv_cache.values.signed=false"])
+    recipe = recipe_of("w16a16kv4", ["kv_cache.keys.signed=false", "kv_cache.values.signed=false"])
     return quantize_model(tiny_model(name), recipe, windows, stream_dtype=torch.float32).model
 
 

@@ -88,7 +88,10 @@ def test_weights_of_16_bits_are_left_as_they_are(tiny_qwen2_dir: Path) -> None:
     original = load_tiny(tiny_qwen2_dir, "bfloat16").state_dict()
     quantized = quantize_tiny(tiny_qwen2_dir, recipe_of("w16a16kv4"), dtype="bfloat16").model.state_dict()
     added = {name for name in quantized if name not in original}
-    assert added == {f"model.layers.{i}.self_attn.kv_quantizer.keys.offset" for i in range(2)}
+    names = "offset", "sink", "balance"
+    assert added == {
+        f"model.layers.{i}.self_attn.kv_quantizer.keys.{name}" for i in range(2) for name in names
+    }
     assert all(torch.equal(quantized[name], tensor) for name, tensor in original.items())
 
 

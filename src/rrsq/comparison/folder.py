@@ -6,7 +6,7 @@
     folder/report.html, .md, .json          the result
     folder/full-precision/results.json      what each task gave
     folder/full-precision/converted/        what a GGUF file was converted to
-    folder/full-precision/key-means.safetensors
+    folder/full-precision/cache-means.safetensors
     folder/<recipe>/checkpoint/             an ordinary checkpoint
     folder/<recipe>/quantization.json       what it was made of, and how that went
     folder/<recipe>/results.json

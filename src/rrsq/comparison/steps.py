@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rrsq import __version__
 from rrsq.comparison.cache import (
     MEAN_WINDOWS,
-    measure_key_means,
-    read_key_means,
+    CacheMeans,
+    measure_cache_means,
+    read_cache_means,
     replace_cache,
-    write_key_means,
+    write_cache_means,
 )
 from rrsq.comparison.folder import FULL_PRECISION, ComparisonFolder, Target
 from rrsq.comparison.model_files import digest, model_fingerprint, model_identity
@@ -41,7 +42,6 @@ from rrsq.runtime.format.loading import load_config, load_model, load_tokenizer
 from rrsq.work_folder import changed
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Comparison", "Listener", "compare"]
@@ -161,11 +161,11 @@ class _Run:
         if subject.cache != "own":
             made_of["cache"] = None if subject.cache is None else subject.cache.model_dump(mode="json")
         if isinstance(subject.cache, KVCache):
-            made_of["key_means"] = digest(self._key_means_of(model, calibration))
+            made_of["cache_means"] = digest(self._cache_means_of(model, calibration))
         return _Step(subject, target, made_of)
 
-    def _key_means_of(self, model: str, calibration: Calibration | None) -> dict[str, Any]:
-        """What the mean keys depend on."""
+    def _cache_means_of(self, model: str, calibration: Calibration | None) -> dict[str, Any]:
+        """What the means for the cache depend on."""
         assert calibration is not None
         return {
             "model": model,
@@ -256,23 +256,23 @@ class _Run:
     def _evaluate(self, steps: Sequence[_Step], source: Source, calibration: Calibration | None) -> None:
         """Measure what is missing.
 
-        The full-precision model comes first. It stays while a task compares with it, and says what mean keys
-        there are where a cache takes them off that it was not made with.
+        The full-precision model comes first. It stays while a task compares with it, and says what means
+        there are for a cache that a checkpoint was not made with.
         """
         relative = {name for task in self.plan.tasks if task.needs_reference for name in task.names}
         keep = any(relative & set(step.missing) for step in steps)
-        key_means, needs_means = (
+        cache_means, needs_means = (
             None,
             any(step.missing and isinstance(step.subject.cache, KVCache) for step in steps),
         )
         if needs_means:
-            made_of = digest(self._key_means_of(source.fingerprint, calibration))
-            key_means = read_key_means(self._key_means_path, made_of)
+            made_of = digest(self._cache_means_of(source.fingerprint, calibration))
+            cache_means = read_cache_means(self._cache_means_path, made_of)
         reference: Reference | None = None
         for step in steps:
             subject = step.subject
             is_reference = subject.name == FULL_PRECISION
-            measures_means = is_reference and needs_means and key_means is None
+            measures_means = is_reference and needs_means and cache_means is None
             if not step.missing and not (is_reference and keep) and not measures_means:
                 continue
             path = source.path if subject.recipe is None else str(self._checkpoint(subject.recipe))
@@ -282,10 +282,10 @@ class _Run:
             dtype = subject.dtype or self.plan.dtype
             model = load_model(path, device=self.plan.device, dtype=dtype, data_root=root)
             if measures_means:
-                self.listener.evaluating(subject.name, "mean keys", 0, 0, "")
-                key_means = self._measure_key_means(model, source, calibration)
+                self.listener.evaluating(subject.name, "means for the cache", 0, 0, "")
+                cache_means = self._measure_cache_means(model, source, calibration)
             if subject.cache != "own":
-                replace_cache(model, subject.cache, key_means)
+                replace_cache(model, subject.cache, cache_means)
             self._measure(step, model, tokenizer, replace(self.plan.options, reference=reference))
             if keep and is_reference:
                 reference = Reference(model)
@@ -295,17 +295,17 @@ class _Run:
     def _checkpoint(self, recipe: str) -> Path:
         return self.folder.target(recipe).checkpoint
 
-    def _measure_key_means(self, model: Any, source: Source, calibration: Calibration | None) -> Tensor:
+    def _measure_cache_means(self, model: Any, source: Source, calibration: Calibration | None) -> CacheMeans:
         assert calibration is not None
         assert calibration.windows is not None
-        means = measure_key_means(model, calibration.windows)
-        made_of = digest(self._key_means_of(source.fingerprint, calibration))
-        write_key_means(self._key_means_path, means, made_of)
+        means = measure_cache_means(model, calibration.windows)
+        made_of = digest(self._cache_means_of(source.fingerprint, calibration))
+        write_cache_means(self._cache_means_path, means, made_of)
         return means
 
     @property
-    def _key_means_path(self) -> Path:
-        return self.folder.target(FULL_PRECISION).folder / "key-means.safetensors"
+    def _cache_means_path(self) -> Path:
+        return self.folder.target(FULL_PRECISION).folder / "cache-means.safetensors"
 
     def _measure(
         self,

@@ -27,10 +27,11 @@ from ..quantizer.calibration.basis import (
     take_out_norms,
     take_out_norms_of_embedding,
 )
+from ..quantizer.calibration.cache_statistics import collect_cache_means
 from ..quantizer.calibration.manifest import CalibrationManifest
 from ..quantizer.calibration.statistics import InputStatistics, MeanStatistics
 from ..quantizer.calibration.stored import head_file, layer_file, write_tensors
-from ..quantizer.calibration.stream import HiddenStates, collect_cache_means, collect_inputs
+from ..quantizer.calibration.stream import HiddenStates, collect_inputs
 from ..quantizer.calibration.triangle import pack_symmetric
 from ..quantizer.checks import check_finite
 from ..quantizer.fold.balance import balance_factors, balanced_norms, read_energy

@@ -151,9 +151,9 @@ def _facts(report: OutlierReport) -> str:
         "calibration text": f"{manifest.num_samples} windows of {manifest.sequence_length} tokens of"
         f" {manifest.data_source}, seed {manifest.seed}",
         "recipe": f"{manifest.recipe.name}: {manifest.recipe.description}",
-        "stored for quantize": "Hessians, magnitudes, mean keys and values"
+        "stored for quantize": "Hessians, magnitudes, means for the cache"
         if manifest.hessians
-        else "magnitudes, mean keys and values (no Hessians)",
+        else "magnitudes, means for the cache (no Hessians)",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
     rows = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items())

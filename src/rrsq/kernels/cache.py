@@ -5,8 +5,9 @@ kv_heads, block_size, groups]``: :class:`CachePages`. Without a block table ther
 ``block_size`` is its capacity; with one (int32 ``[batch, blocks of a sequence]``) token ``n`` lies in block
 ``table[b, n // block_size]``, row ``n % block_size``, as in vLLM.
 
-Keys are stored after RoPE. What is stored is ``(k - RoPE_p(mu)) H``: a calibrated offset ``mu``, which was
-found before RoPE and is rotated to the key's position ``p``, is taken off, and a Hadamard matrix applied.
+Keys are stored after RoPE. What is stored is ``(k - RoPE_p(mu)) D H``: a calibrated offset ``mu``, which was
+found before RoPE and is rotated to the key's position ``p``, is taken off, channels are multiplied by powers
+of two, and a Hadamard matrix applied.
 """
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
@@ -171,20 +172,26 @@ def angles(positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor
     return (turned.cos() * scale).float(), (turned.sin() * scale).float()
 
 
-def offset_keys(offset: Tensor, positions: Tensor, frequencies: Tensor | None, scale: float) -> Tensor:
+def offset_keys(
+    offset: Tensor, sink: Tensor | None, positions: Tensor, frequencies: Tensor | None, scale: float
+) -> Tensor:
     """RoPE of the keys' offset, float32 ``[batch, kv_heads, tokens, head_dim]``.
 
     Args:
         offset: float32 ``[kv_heads, head_dim]``.
+        sink: the same for position 0, whose key is unlike all others (attention sinks, arXiv 2309.17453);
+            None: it has that of the others.
         positions: int ``[batch, tokens]``.
         frequencies: float64 ``[rotary / 2]``, of the pairs ``(j, j + rotary / 2)``; channels beyond
             ``rotary`` stay. None: no RoPE.
         scale: of cosines and sines (scaled RoPE).
     """
     batch, tokens = positions.shape
-    whole = offset[None, :, None, :]
+    whole = offset[None, :, None, :].expand(batch, -1, tokens, -1)
+    if sink is not None:
+        whole = torch.where((positions == 0)[:, None, :, None], sink[None, :, None, :], whole)
     if frequencies is None:
-        return whole.expand(batch, -1, tokens, -1)
+        return whole
     cos, sin = (x.unsqueeze(1) for x in angles(positions, frequencies, scale))
     half = frequencies.shape[0]
     first, second, rest = whole.split((half, half, offset.shape[1] - 2 * half), dim=-1)
@@ -411,6 +418,7 @@ def rotated_halves(low, high, signs, HALF: tl.constexpr, HEAD_DIM: tl.constexpr,
 @triton.jit
 def rope_of_offset(
     mean,
+    sink,
     base,
     frequencies,
     rope_scale,
@@ -419,11 +427,17 @@ def rope_of_offset(
     HEAD_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     PADDED: tl.constexpr,
+    SINK: tl.constexpr,
 ):
-    """The keys' offset at positions ``base`` (float64 ``[tokens]``), channels from ``FIRST`` on."""
+    """The keys' offset at positions ``base`` (float64 ``[tokens]``), channels from ``FIRST`` on.
+
+    ``mean``, ``sink``: of one head; see :func:`offset_keys`.
+    """
     channel = FIRST + tl.arange(0, PADDED)
     inside = tl.arange(0, PADDED) < HALF
-    own = tl.load(mean + channel, mask=inside, other=0.0)
+    own = tl.load(mean + channel, mask=inside, other=0.0)[None, :] + tl.zeros([base.shape[0], 1], tl.float32)
+    if SINK:  # RoPE does not turn position 0: the channel of the pair does not matter there.
+        own = tl.where((base == 0)[:, None], tl.load(sink + channel, mask=inside, other=0.0)[None, :], own)
     if PAIRS > 0:
         second = (channel >= PAIRS) & (channel < 2 * PAIRS)
         paired = inside & (channel < 2 * PAIRS)
@@ -432,8 +446,8 @@ def rope_of_offset(
         other = tl.where(second, other, -other)
         frequency = tl.load(frequencies + pair, mask=paired, other=0.0)
         cos, sin = turned(base[:, None] * (frequency * 0.15915494309189535)[None, :])
-        of_base = (own[None, :] * cos + other[None, :] * sin) * rope_scale
-        result = tl.where(paired[None, :], of_base, own[None, :])
+        of_base = (own * cos + other[None, :] * sin) * rope_scale
+        result = tl.where(paired[None, :], of_base, own)
     else:
-        result = own[None, :] + tl.zeros([base.shape[0], 1], tl.float32)
+        result = own
     return result

@@ -50,13 +50,17 @@ def cache_append(
     key_signs: Tensor | None,
     value_signs: Tensor | None,
     key_offset: Tensor | None,
+    key_sink: Tensor | None,
+    key_balance: Tensor | None,
     value_offset: Tensor | None,
     frequencies: Tensor | None,
     rope_scale: float,
     keys_signed: bool = False,
     values_signed: bool = False,
 ) -> None:
-    """Store ``encode_cache((k - RoPE_p(mu)) H)`` and the same of ``v``; see :mod:`rrsq.kernels.cache`.
+    """Store ``encode_cache((k - RoPE_p(mu)) D H)`` and of ``v`` the same without ``D``.
+
+    See :mod:`rrsq.kernels.cache`.
 
     Args:
         keys, values: ``[batch, kv_heads, tokens, head_dim]``, any strides; keys after RoPE.
@@ -69,7 +73,9 @@ def cache_append(
             None for 0; else int ``[batch * tokens]``, the positions.
         key_signs, value_signs: int8 ``[head_dim, head_dim]`` of ±1, ``sqrt(head_dim) H``, or None.
         key_offset, value_offset: float32 ``[kv_heads, head_dim]``, or None.
-        frequencies, rope_scale: see :func:`~rrsq.kernels.cache.offset_keys`.
+        key_sink, frequencies, rope_scale: see :func:`~rrsq.kernels.cache.offset_keys`.
+        key_balance: float32 ``[kv_heads, head_dim]``, powers of two: ``D``, which queries are divided by; or
+            None for 1.
         keys_signed, values_signed: whether scales have a sign, see :func:`~rrsq.kernels.cache.encode_cache`.
     """
     batch, _, tokens, head_dim = keys.shape
@@ -86,7 +92,9 @@ def cache_append(
         where = positions.view(batch, tokens)
     x = keys.float()
     if key_offset is not None:
-        x = x - offset_keys(key_offset, where, frequencies, rope_scale)
+        x = x - offset_keys(key_offset, key_sink, where, frequencies, rope_scale)
+    if key_balance is not None:
+        x = x * key_balance[None, :, None, :]
     if key_signs is not None:
         x = x @ (key_signs.float() * head_dim**-0.5)
     y = values.float()
@@ -251,6 +259,8 @@ def _append_kernel(
     key_signs,
     value_signs,
     key_offset,
+    key_sink,
+    key_balance,
     value_offset,
     frequencies,
     rope_scale,
@@ -290,6 +300,8 @@ def _append_kernel(
     KEYS_ROTATED: tl.constexpr,
     VALUES_ROTATED: tl.constexpr,
     OFFSET: tl.constexpr,
+    SINK: tl.constexpr,
+    BALANCED: tl.constexpr,
     VALUE_OFFSET: tl.constexpr,
     PAIRS: tl.constexpr,
     TILE: tl.constexpr,
@@ -322,9 +334,20 @@ def _append_kernel(
         high = tl.load(x[:, None] + (channel + HALF)[None, :], mask=present, other=0.0).to(tl.float32)
         if OFFSET:
             mean = key_offset + head * HEAD_DIM
+            sink = mean
+            if SINK:
+                sink = key_sink + head * HEAD_DIM
             base = position.to(tl.float64)
-            low -= rope_of_offset(mean, base, frequencies, rope_scale, 0, HALF, HEAD_DIM, PAIRS, PADDED)
-            high -= rope_of_offset(mean, base, frequencies, rope_scale, HALF, HALF, HEAD_DIM, PAIRS, PADDED)
+            low -= rope_of_offset(
+                mean, sink, base, frequencies, rope_scale, 0, HALF, HEAD_DIM, PAIRS, PADDED, SINK
+            )
+            high -= rope_of_offset(
+                mean, sink, base, frequencies, rope_scale, HALF, HALF, HEAD_DIM, PAIRS, PADDED, SINK
+            )
+        if BALANCED:
+            balance = key_balance + head * HEAD_DIM + channel
+            low *= tl.load(balance, mask=channel < HALF, other=1.0)[None, :]
+            high *= tl.load(balance + HALF, mask=channel < HALF, other=1.0)[None, :]
         if KEYS_ROTATED:
             low, high = rotated_halves(low, high, key_signs, HALF, HEAD_DIM, PADDED)
         code_rows = block * key_stride_block + head * key_stride_head + row * key_stride_token
@@ -377,6 +400,8 @@ def _launch(
     key_signs: Tensor | None,
     value_signs: Tensor | None,
     key_offset: Tensor | None,
+    key_sink: Tensor | None,
+    key_balance: Tensor | None,
     value_offset: Tensor | None,
     frequencies: Tensor | None,
     rope_scale: float,
@@ -404,6 +429,8 @@ def _launch(
         key_signs,
         value_signs,
         key_offset,
+        key_sink,
+        key_balance,
         value_offset,
         frequencies,
         rope_scale,
@@ -431,6 +458,8 @@ def _launch(
         KEYS_ROTATED=key_signs is not None,
         VALUES_ROTATED=value_signs is not None,
         OFFSET=key_offset is not None,
+        SINK=key_sink is not None,
+        BALANCED=key_balance is not None,
         VALUE_OFFSET=value_offset is not None,
         PAIRS=0 if frequencies is None else frequencies.shape[0],
         TILE=tile,

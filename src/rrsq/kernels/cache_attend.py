@@ -1,10 +1,11 @@
 """Attention from a quantized cache, for one or a few new tokens a sequence: decoding.
 
-Nothing is dequantized into memory. With what :mod:`.cache` stores of a key, ``c = (k - RoPE_p(mu)) H``, and a
-query ``q`` after RoPE, ``q · k = (q H) · c + q · RoPE_p(mu)``: the query is rotated once, and the offset is a
-number a key. With ``A = q_a mu_a + q_b mu_b`` and ``B = q_b mu_a - q_a mu_b`` for each pair ``(a, b)`` of
-channels that RoPE turns, ``q · RoPE_p(mu) = sum A cos(p f) + B sin(p f)``. In a tile, ``p = p_0 + j``,
-turning ``(A, B)`` back by ``p_0 f`` leaves a product with the constant ``cos(j f)`` and ``sin(j f)``.
+Nothing is dequantized into memory. With what :mod:`.cache` stores of a key, ``c = (k - RoPE_p(mu)) D H``,
+and a query ``q`` after RoPE, ``q · k = (q D⁻¹ H) · c + q · RoPE_p(mu)``: the query is divided and rotated
+once, and the offset is a number a key. With ``A = q_a mu_a + q_b mu_b`` and ``B = q_b mu_a - q_a mu_b`` for
+each pair ``(a, b)`` of channels that RoPE turns, ``q · RoPE_p(mu) = sum A cos(p f) + B sin(p f)``. In a tile,
+``p = p_0 + j``, turning ``(A, B)`` back by ``p_0 f`` leaves a product with the constant ``cos(j f)`` and
+``sin(j f)``. Where position 0 has an offset of its own, ``mu_0``, its logit gets ``q · (mu_0 - mu)`` as well.
 """
 
 # Tuples of tiles grow by a tile at a time, and kernels cannot unpack them.
@@ -68,6 +69,8 @@ def cache_attend(
     mask: Tensor | None,
     signs: Tensor | None,
     key_offset: Tensor | None,
+    key_sink: Tensor | None,
+    key_balance: Tensor | None,
     value_offset: Tensor | None,
     frequencies: Tensor | None,
     rope_scale: float,
@@ -91,7 +94,8 @@ def cache_attend(
             cached token ``n``; beyond the last column all is seen.
         signs: int8 ``[head_dim, head_dim]`` of ±1, the Hadamard matrix of the keys, or None.
         key_offset, value_offset: float32 ``[kv_heads, head_dim]``, or None.
-        frequencies, rope_scale: see :func:`~rrsq.kernels.cache.offset_keys`.
+        key_balance: see :func:`~rrsq.kernels.cache_append`.
+        key_sink, frequencies, rope_scale: see :func:`~rrsq.kernels.cache.offset_keys`.
         shift: int32 ``[batch]``: cached token ``n`` is at position ``n + shift``; None for 0.
         scaling: factor of the logits.
         softcap: ``c`` of ``c tanh(logit / c)`` (arXiv 2408.00118), or 0.
@@ -118,6 +122,8 @@ def cache_attend(
         signs,
         None,
         key_offset,
+        key_sink,
+        key_balance,
         value_offset,
         frequencies,
         rope_scale,
@@ -164,6 +170,8 @@ def _prepare_kernel(
     query,
     signs,
     key_offset,
+    key_sink,
+    key_balance,
     frequencies,
     prepared,
     factors,
@@ -182,7 +190,9 @@ def _prepare_kernel(
     ROWS: tl.constexpr,
     KEY_CHUNK: tl.constexpr,
     ROTATED: tl.constexpr,
+    BALANCED: tl.constexpr,
     OFFSET: tl.constexpr,
+    SINK: tl.constexpr,
     PAIRS: tl.constexpr,
     PADDED_PAIRS: tl.constexpr,
     HEADS_AT_ONCE: tl.constexpr,
@@ -193,9 +203,9 @@ def _prepare_kernel(
     A program does some heads of tokens: a chunk of ``q H``, or behind those ``A`` and ``B``. Both are divided
     by something that nothing of their head exceeds, so that they fit into float16. With the ``ROWS``
     queries that read the same keys side by side, ``prepared`` holds the first, float16 ``[ROWS, channels
-    in chunks]``, and ``factors`` float32 ``[3 + 2 PADDED_PAIRS, ROWS]``: what takes logits back, of the codes
-    and of the offset; the part of the offset that RoPE does not turn; ``A``; ``B``. One program writes
-    ``steps``, float16 ``[2, TILE, PADDED_PAIRS]``, of the angles ``j f``.
+    in chunks]``, and ``factors`` float32 ``[4 + 2 PADDED_PAIRS, ROWS]``: what takes logits back, of the codes
+    and of the offset; the part of the offset that RoPE does not turn; ``q · (mu_0 - mu)``; ``A``; ``B``. One
+    program writes ``steps``, float16 ``[2, TILE, PADDED_PAIRS]``, of the angles ``j f``.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     CHUNKS: tl.constexpr = (HALF + KEY_CHUNK - 1) // KEY_CHUNK
@@ -209,12 +219,16 @@ def _prepare_kernel(
     group = batch * (HEADS // SHARED) + kv_head
     own = token * SHARED + head % SHARED
     q_rows = query + batch * query_stride_batch + token * query_stride_token + head * query_stride_head
-    factor = factors + group * ((3 + 2 * PADDED_PAIRS) * ROWS) + own
+    factor = factors + group * ((4 + 2 * PADDED_PAIRS) * ROWS) + own
     if chunk < 2 * CHUNKS:
         channel = tl.arange(0, PADDED)
         used = (channel < HALF)[:, None] & present[None, :]
         q_low = tl.load(q_rows[None, :] + channel[:, None], mask=used, other=0.0)
         q_high = tl.load(q_rows[None, :] + (channel + HALF)[:, None], mask=used, other=0.0)
+        if BALANCED:  # Powers of two: the quotients are exact.
+            balance = (key_balance + kv_head * HEAD_DIM)[None, :] + channel[:, None]
+            q_low = (q_low / tl.load(balance, mask=used, other=1.0)).to(q_low.dtype)
+            q_high = (q_high / tl.load(balance + HALF, mask=used, other=1.0)).to(q_high.dtype)
         low_size = tl.abs(q_low.to(tl.float32))
         high_size = tl.abs(q_high.to(tl.float32))
         half = chunk // CHUNKS
@@ -233,6 +247,9 @@ def _prepare_kernel(
             inside = (begin + inner < HALF)[:, None] & present[None, :]
             place = (half * HALF + begin + inner)[:, None]
             part = tl.load(q_rows[None, :] + place, mask=inside, other=0.0).to(tl.float32)
+            if BALANCED:
+                of_place = (key_balance + kv_head * HEAD_DIM)[None, :] + place
+                part /= tl.load(of_place, mask=inside, other=1.0)
         largest = tl.where(largest > 0, largest, 1.0)
         to = prepared + (group * ROWS + own) * (2 * CHUNKS * KEY_CHUNK)
         tl.store(
@@ -264,10 +281,19 @@ def _prepare_kernel(
                 # No turn makes them larger than this.
                 bound = tl.sqrt(tl.max(along * along + across * across, 0))
                 bound = tl.where(bound > 0, bound, 1.0)
-                to_pairs = factor[None, :] + (3 + pair) * ROWS
+                to_pairs = factor[None, :] + (4 + pair) * ROWS
                 tl.store(to_pairs, along / bound[None, :], mask=present[None, :])
                 tl.store(to_pairs + PADDED_PAIRS * ROWS, across / bound[None, :], mask=present[None, :])
                 tl.store(factor + ROWS, bound * scaling, mask=present)
+            if SINK:
+                every = tl.arange(0, 2 * PADDED)
+                of_head = (every < HEAD_DIM)[:, None] & present[None, :]
+                whole_q = tl.load(q_rows[None, :] + every[:, None], mask=of_head, other=0.0).to(tl.float32)
+                sinks = (key_sink + kv_head * HEAD_DIM)[None, :]
+                less = tl.load(sinks + every[:, None], mask=of_head, other=0.0)
+                less -= tl.load(means + every[:, None], mask=of_head, other=0.0)
+                less = tl.where((every < 2 * PAIRS)[:, None], less * rope_scale, less)
+                tl.store(factor + 3 * ROWS, tl.sum(whole_q * less, 0) * scaling, mask=present)
     if PAIRS > 0:
         if (chunk == 2 * CHUNKS + 1) & (tl.program_id(1) == 0):
             turning = tl.arange(0, PADDED_PAIRS)
@@ -334,6 +360,7 @@ def _attend_kernel(
     VALUE_MINIMUM: tl.constexpr,
     VALUE_CHUNK: tl.constexpr,
     OFFSET: tl.constexpr,
+    SINK: tl.constexpr,
     VALUE_OFFSET: tl.constexpr,
     PAIRS: tl.constexpr,
     PADDED_PAIRS: tl.constexpr,
@@ -380,13 +407,18 @@ def _attend_kernel(
             return
 
     group = batch * tl.num_programs(1) + kv_head
-    factors += group * ((3 + 2 * PADDED_PAIRS) * ROWS) + row
+    factors += group * ((4 + 2 * PADDED_PAIRS) * ROWS) + row
     if OFFSET:
         of_constant = tl.load(factors + 2 * ROWS, mask=present, other=0.0)
+        if SINK:
+            of_sink = tl.load(factors + 3 * ROWS, mask=present, other=0.0)
+            zeroth = 0
+            if SHIFTED:
+                zeroth -= tl.load(shift + batch)
         if PAIRS > 0:
             of_turned = tl.load(factors + ROWS, mask=present, other=0.0)
             pair = tl.arange(0, PADDED_PAIRS)
-            row_of_pair = (3 + pair)[:, None] * ROWS
+            row_of_pair = (4 + pair)[:, None] * ROWS
             of_pairs = factors[None, :] + row_of_pair
             along = tl.load(of_pairs, mask=present[None, :], other=0.0)
             across = tl.load(of_pairs + PADDED_PAIRS * ROWS, mask=present[None, :], other=0.0)
@@ -447,6 +479,8 @@ def _attend_kernel(
                 near = old * tile_cos[:, None] + far * tile_sin[:, None]
                 far = far * tile_cos[:, None] - old * tile_sin[:, None]
             logits += of_constant[None, :]
+            if SINK:
+                logits += tl.where((key == zeroth)[:, None], of_sink[None, :], 0.0)
         if SOFTCAP:
             # tanh by its exponential, whose argument is kept where it does not overflow.
             power = tl.exp2(tl.minimum(tl.abs(logits) / softcap, 30.0) * (2 * _LOG2E))
@@ -588,6 +622,8 @@ def _launch(
     mask: Tensor | None,
     signs: Tensor | None,
     key_offset: Tensor | None,
+    key_sink: Tensor | None,
+    key_balance: Tensor | None,
     value_offset: Tensor | None,
     frequencies: Tensor | None,
     rope_scale: float,
@@ -624,7 +660,7 @@ def _launch(
     chunks = 2 * ceil_div(head_dim // 2, chunk)
     padded_pairs = max(next_power_of_two(max(pairs, 1)), 16)
     prepared = torch.empty((programs, rows, chunks * chunk), dtype=torch.float16, device=query.device)
-    factors = torch.empty((programs, 3 + 2 * padded_pairs, rows), dtype=torch.float32, device=query.device)
+    factors = torch.empty((programs, 4 + 2 * padded_pairs, rows), dtype=torch.float32, device=query.device)
     rows_of_all = batch * tokens * heads
     at_once = 16 if rows_of_all <= _FEW_ROWS else 64
     steps = torch.empty((2, _TILE, padded_pairs), dtype=torch.float16, device=query.device)
@@ -633,6 +669,8 @@ def _launch(
         query,
         signs,
         key_offset,
+        key_sink,
+        key_balance,
         frequencies,
         prepared,
         factors,
@@ -649,7 +687,9 @@ def _launch(
         ROWS=rows,
         KEY_CHUNK=chunk,
         ROTATED=signs is not None,
+        BALANCED=key_balance is not None,
         OFFSET=key_offset is not None,
+        SINK=key_offset is not None and key_sink is not None,
         PAIRS=pairs,
         PADDED_PAIRS=padded_pairs,
         HEADS_AT_ONCE=at_once,
@@ -707,6 +747,7 @@ def _launch(
         VALUE_MINIMUM=value_minimum is not None,
         VALUE_CHUNK=chunk_size(head_dim, head_dim // value_scale.shape[-1]),
         OFFSET=key_offset is not None,
+        SINK=key_offset is not None and key_sink is not None,
         VALUE_OFFSET=value_offset is not None,
         PAIRS=pairs,
         PADDED_PAIRS=padded_pairs,

@@ -62,6 +62,8 @@ def cache_read(
     key_signs: Tensor | None,
     value_signs: Tensor | None,
     key_offset: Tensor | None,
+    key_sink: Tensor | None,
+    key_balance: Tensor | None,
     value_offset: Tensor | None,
     frequencies: Tensor | None,
     rope_scale: float,
@@ -75,7 +77,8 @@ def cache_read(
         begin, end: tokens of a sequence.
         block_table: see :mod:`rrsq.kernels.cache`.
         shift: int32 ``[batch]``: cached token ``n`` is at position ``n + shift``; None for 0.
-        key_signs, value_signs, key_offset, value_offset, frequencies, rope_scale: as they were stored with.
+        key_signs, value_signs, key_offset, key_sink, key_balance, value_offset, frequencies, rope_scale: as
+            they were stored with.
 
     Returns:
         Keys and values ``[batch, kv_heads, end - begin, head_dim]`` in the dtype of ``like``.
@@ -85,10 +88,13 @@ def cache_read(
     keys, values = _decoded(
         pages, key_signs, value_signs, head_dim, lambda x: _between(x, block_table, begin, end)
     )
+    if key_balance is not None:
+        keys = keys / key_balance[None, :, None, :]
     if key_offset is not None:
         positions = torch.arange(begin, end, device=like.device).unsqueeze(0)
         positions = positions + (0 if shift is None else shift.unsqueeze(1))
-        keys = keys + offset_keys(key_offset, positions.expand(batch, -1), frequencies, rope_scale)
+        positions = positions.expand(batch, -1)
+        keys = keys + offset_keys(key_offset, key_sink, positions, frequencies, rope_scale)
     if value_offset is not None:
         values = values + value_offset[None, :, None, :]
     return keys.to(like.dtype), values.to(like.dtype)
@@ -119,6 +125,8 @@ def cache_gather(
     key_signs: Tensor | None,
     value_signs: Tensor | None,
     key_offset: Tensor | None,
+    key_sink: Tensor | None,
+    key_balance: Tensor | None,
     value_offset: Tensor | None,
     frequencies: Tensor | None,
     rope_scale: float,
@@ -131,7 +139,8 @@ def cache_gather(
             :class:`~rrsq.kernels.cache.CachePages`.
         slots: int64 ``[tokens]``, none negative: row ``slots % block_size`` of block ``slots // block_size``.
         positions: int ``[tokens]``, the tokens' positions.
-        key_signs, value_signs, key_offset, value_offset, frequencies, rope_scale: as they were stored with.
+        key_signs, value_signs, key_offset, key_sink, key_balance, value_offset, frequencies, rope_scale: as
+            they were stored with.
 
     Returns:
         Keys and values ``[tokens, kv_heads, head_dim]`` in the dtype of ``like``.
@@ -139,8 +148,10 @@ def cache_gather(
     pages = CachePages(key_codes, key_scale, key_minimum, value_codes, value_scale, value_minimum)
     block, row = slots // pages.block_size, slots % pages.block_size
     keys, values = _decoded(pages, key_signs, value_signs, like.shape[-1], lambda x: x[block, :, row])
+    if key_balance is not None:
+        keys = keys / key_balance
     if key_offset is not None:
-        offset = offset_keys(key_offset, positions.unsqueeze(0), frequencies, rope_scale)
+        offset = offset_keys(key_offset, key_sink, positions.unsqueeze(0), frequencies, rope_scale)
         keys = keys + offset[0].transpose(0, 1)
     if value_offset is not None:
         values = values + value_offset
@@ -176,6 +187,8 @@ def _kernel(
     key_signs,
     value_signs,
     key_offset,
+    key_sink,
+    key_balance,
     value_offset,
     frequencies,
     keys,
@@ -214,6 +227,8 @@ def _kernel(
     KEYS_ROTATED: tl.constexpr,
     VALUES_ROTATED: tl.constexpr,
     OFFSET: tl.constexpr,
+    SINK: tl.constexpr,
+    BALANCED: tl.constexpr,
     VALUE_OFFSET: tl.constexpr,
     PAIRS: tl.constexpr,
     TILE: tl.constexpr,
@@ -258,13 +273,24 @@ def _kernel(
         high = high16.to(tl.float32)
         if KEYS_ROTATED:
             low, high = rotated_halves(low, high, key_signs, HALF, HEAD_DIM, PADDED)
+        if BALANCED:
+            balance = key_balance + head * HEAD_DIM + channel
+            low /= tl.load(balance, mask=channel < HALF, other=1.0)[None, :]
+            high /= tl.load(balance + HALF, mask=channel < HALF, other=1.0)[None, :]
         if OFFSET:
             mean = key_offset + head * HEAD_DIM
+            sink = mean
+            if SINK:
+                sink = key_sink + head * HEAD_DIM
             if SHIFTED:
                 position += tl.load(shift + batch)
             base = position.to(tl.float64)
-            low += rope_of_offset(mean, base, frequencies, rope_scale, 0, HALF, HEAD_DIM, PAIRS, PADDED)
-            high += rope_of_offset(mean, base, frequencies, rope_scale, HALF, HALF, HEAD_DIM, PAIRS, PADDED)
+            low += rope_of_offset(
+                mean, sink, base, frequencies, rope_scale, 0, HALF, HEAD_DIM, PAIRS, PADDED, SINK
+            )
+            high += rope_of_offset(
+                mean, sink, base, frequencies, rope_scale, HALF, HALF, HEAD_DIM, PAIRS, PADDED, SINK
+            )
         tl.store(keys + place, low.to(keys.dtype.element_ty), mask=present)
         tl.store(keys + place + HALF, high.to(keys.dtype.element_ty), mask=present)
     else:
@@ -327,7 +353,7 @@ def _call(
         listed: places are a list.
     """
     key_codes, key_scale, key_minimum, value_codes, value_scale, value_minimum = pages
-    key_signs, value_signs, key_offset, value_offset, frequencies, rope_scale = constants
+    signs, value_signs, offset, sink, balance, value_offset, frequencies, rope_scale = constants
     table, shift = places
     (begin, end), head_dim, kv_heads = tokens, keys.shape[-1], key_codes.shape[1]
     batch = 1 if listed else keys.shape[0]
@@ -336,9 +362,11 @@ def _call(
         *pages,
         table,
         shift,
-        None if key_signs is None else _transposed(key_signs),
+        None if signs is None else _transposed(signs),
         None if value_signs is None else _transposed(value_signs),
-        key_offset,
+        offset,
+        sink,
+        balance,
         value_offset,
         frequencies,
         keys,
@@ -366,9 +394,11 @@ def _call(
         "VALUE_BITS": value_codes.shape[-1] * 8 // head_dim,
         "VALUE_GROUPS": value_scale.shape[-1],
         "VALUE_MINIMUM": value_minimum is not None,
-        "KEYS_ROTATED": key_signs is not None,
+        "KEYS_ROTATED": signs is not None,
         "VALUES_ROTATED": value_signs is not None,
-        "OFFSET": key_offset is not None,
+        "OFFSET": offset is not None,
+        "SINK": sink is not None,
+        "BALANCED": balance is not None,
         "VALUE_OFFSET": value_offset is not None,
         "PAIRS": 0 if frequencies is None else frequencies.shape[0],
         "TILE": _TILE,

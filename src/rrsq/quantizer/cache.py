@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from ..models import ModelFamily, ModelSizes
 from ..recipe import KVCache
 from ..runtime.assemble import attach_kv_quantizer
+from ..runtime.kv_cache.quantizer import KVQuantizer
 from ..runtime.kv_cache.rope import KeyRotary
+from .calibration.cache_statistics import balance_keys
 from .calibration.stream import HiddenStates
 from .outcome import LayerReport
 
-__all__ = ["SENSITIVE_KEY_BITS", "quantize_cache", "sensitive_layers"]
+__all__ = ["SENSITIVE_KEY_BITS", "calibrate_cache", "quantize_cache", "sensitive_layers"]
 
 SENSITIVE_KEY_BITS = 8
 
@@ -32,8 +34,7 @@ def quantize_cache(
     """Attach the cache's quantizer to a layer.
 
     Args:
-        means: float32 ``[kv_heads, head_dim]``, of keys before RoPE and of values, by ``key`` and ``value``;
-            read where the recipe takes them off.
+        means: see :func:`.calibration.cache_statistics.collect_cache_means`; the recipe says which are read.
         hidden: the calibration text in front of the layer; None measures nothing.
 
     Returns:
@@ -43,13 +44,21 @@ def quantize_cache(
     before = None if hidden is None else _attention_output(attention, layer, hidden)
     quantizer = attach_kv_quantizer(layer, family, cache, sizes, rotary, cache.keys.bits)
     quantizer.to(device)
-    for name, tensor in (("key", quantizer.keys), ("value", quantizer.values)):
-        if tensor.offset is not None:
-            tensor.offset.copy_(means[name])
+    calibrate_cache(quantizer, means, rotary)
     if before is None or hidden is None:
         return None
     after = _attention_output(attention, layer, hidden)
     return float((after - before).double().norm() / before.double().norm().clamp_min(1e-30))
+
+
+def calibrate_cache(quantizer: KVQuantizer, means: dict[str, Tensor], rotary: KeyRotary | None) -> None:
+    """Give a quantizer the constants that its schemes ask for; arguments as of :func:`quantize_cache`."""
+    keys, values = quantizer.keys, quantizer.values
+    for name, offset in (("key", keys.offset), ("sink", keys.sink), ("value", values.offset)):
+        if offset is not None:
+            offset.copy_(means[name])
+    if keys.balance is not None:
+        keys.balance.copy_(balance_keys(means, rotary, centred=keys.offset is not None))
 
 
 def sensitive_layers(cache: KVCache, layers: list[LayerReport]) -> list[int]:

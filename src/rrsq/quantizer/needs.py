@@ -9,12 +9,13 @@ __all__ = ["needs_calibration", "needs_head_hessian", "needs_hessian", "needs_or
 
 
 def needs_calibration(recipe: Recipe) -> bool:
-    """Whether the recipe needs calibration text: GPTQ, a stored channel order or cache offsets do."""
+    """Whether the recipe needs calibration text: GPTQ, a stored channel order or means for the cache do."""
     cache = recipe.kv_cache
-    offsets = cache is not None and (
-        "mean" in (cache.keys.offset, cache.values.offset) or cache.sensitive_layers > 0
+    means = cache is not None and (
+        any(tensor.offset != "none" or tensor.balance for tensor in (cache.keys, cache.values))
+        or cache.sensitive_layers > 0
     )
-    return needs_hessian(recipe) or needs_order(recipe) or offsets or needs_head_hessian(recipe)
+    return needs_hessian(recipe) or needs_order(recipe) or means or needs_head_hessian(recipe)
 
 
 def needs_head_hessian(recipe: Recipe) -> bool:

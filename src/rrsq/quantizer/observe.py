@@ -19,10 +19,11 @@ from ..recipe import Recipe
 from ..runtime.kv_cache.rope import KeyRotary
 from ..runtime.rotation.rotations import Rotations
 from .calibration.basis import InputBasis, affine_of_head, affine_of_input
+from .calibration.cache_statistics import collect_cache_means
 from .calibration.experts import RoutedTokens, collect_routed_tokens
 from .calibration.statistics import InputSummary, LayerStatistics
 from .calibration.stored import StoredCalibration
-from .calibration.stream import HiddenStates, collect_cache_means, collect_inputs
+from .calibration.stream import HiddenStates, collect_inputs
 from .calibration.workers import ALONE, Workers
 from .checks import check_activations
 from .head import head_hessian

@@ -241,5 +241,12 @@ def attach_kv_quantizer(
 
 def _cache_scheme(tensor: CacheTensor, bits: int) -> CacheScheme:
     return CacheScheme(
-        bits, tensor.group_size, tensor.zero_point, tensor.rotate, tensor.offset == "mean", tensor.signed
+        bits,
+        tensor.group_size,
+        tensor.zero_point,
+        tensor.rotate,
+        tensor.offset != "none",
+        tensor.signed,
+        tensor.offset == "sink",
+        tensor.balance,
     )

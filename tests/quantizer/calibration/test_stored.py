@@ -177,7 +177,7 @@ def test_a_truncated_layer_is_named(source: Path, copied: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace('"format_version":1', '"format_version":2'), "format version 2"),
+        (lambda text: text.replace('"format_version":2', '"format_version":3'), "format version 3"),
         (lambda text: text.replace('"seed"', '"sed"'), "not valid at '(seed|sed)'"),
         (lambda text: text[:50], "is damaged"),
         (lambda text: "[]", "is damaged"),

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rrsq.models import ModelSizes, family_for
-from rrsq.quantizer.calibration.stream import HiddenStates, collect_cache_means, collect_inputs
+from rrsq.quantizer.calibration.cache_statistics import balance_keys, collect_cache_means
+from rrsq.quantizer.calibration.stream import HiddenStates, collect_inputs
 from rrsq.quantizer.fold.rotations import rotate_model
 from rrsq.recipe import Rotation
 from rrsq.runtime.kv_cache.rope import KeyRotary
@@ -157,6 +158,47 @@ def test_means_are_those_of_the_projections(folder: Path) -> None:
             expected = expected + linear.bias.double()
         mean = means[name].mean().flatten().numpy()
         np.testing.assert_allclose(mean, expected.detach().numpy(), rtol=0, atol=1e-5)
+    keys = layer.self_attn.k_proj(x.float()).double().view(5, 24, -1)
+    np.testing.assert_allclose(means["sink"].mean().flatten(), keys[:, 0].mean(0).detach(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        means["key_square"].mean().flatten(), keys.square().mean((0, 1)).detach(), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_squares_of_queries_are_those_that_rope_keeps(folder: Path, attention: str) -> None:
+    model = load(folder, attention)
+    hidden = stream(model, random_tokens(5, 24))
+    first, second = model.model.layers[:2]
+    # Two attentions of one configuration at once: each has its own.
+    with (
+        collect_cache_means(first.self_attn, None) as means,
+        collect_cache_means(second.self_attn, None) as others,
+    ):
+        output = hidden.observe(first)
+        assert not others["query_square"].tokens
+    assert model.config._attn_implementation == attention
+    assert torch.equal(output, hidden.run(first, hidden.batches[0]))
+    queries = first.self_attn.q_proj(first.input_layernorm(torch.cat(hidden.batches))).double()
+    kv_heads, head_dim = means["key"].mean().shape
+    squares = queries.reshape(5 * 24, kv_heads, -1, head_dim).square().mean((0, 2))
+    # RoPE turns the channels of a pair into each other.
+    pairs = squares.view(kv_heads, 2, -1).sum(1)
+    found = means["query_square"].mean().view(kv_heads, 2, -1).sum(1)
+    np.testing.assert_allclose(found, pairs.detach(), rtol=1e-4)
+
+
+def test_keys_are_balanced_with_queries() -> None:
+    rotary = KeyRotary(torch.ones(2))
+    spread = torch.tensor([[1.0, 4.0, 1.0, 4.0, 0.0, 9.0]])
+    queries = torch.tensor([[16.0, 4.0, 16.0, 4.0, 1.0, 9.0 * 2**-4]])
+    mean = torch.full_like(spread, 3.0)
+    means = {"key": mean, "key_square": spread + mean.square(), "query_square": queries}
+    # D^4 = 16, 1, 16, 1, unknown, 1/16: less the mean of the logarithms, 2^1 2^0 2^1 2^0 - 2^-1.
+    assert balance_keys(means, rotary).tolist() == [[2.0, 1.0, 2.0, 1.0, 1.0, 0.5]]
+    assert balance_keys(means, rotary, centred=False)[0, 4] != 1
+    means["query_square"] = torch.tensor([[24.0, 4.0, 8.0, 4.0, 1.0, 9.0 * 2**-4]])
+    assert balance_keys(means, rotary).tolist() == [[2.0, 1.0, 2.0, 1.0, 1.0, 0.5]]
 
 
 def test_the_hooks_are_gone_afterwards(folder: Path) -> None:

@@ -278,8 +278,8 @@ def test_the_cache_is_small(model: Any) -> None:
     entries = 2 * 2 * 32 * config.num_key_value_heads * 16
     for layer in cache.layers:
         assert isinstance(layer, QuantizedCacheLayer)
-        # Codes, float16 scales (and minima, for keys) of groups of 16, and the positions (4 bytes a token).
-        assert layer.nbytes == entries * (4 + 16 / 16 * 3 / 2) / 8 + 2 * 32 * 4
+        # Codes, float16 scales of groups of 16, and the positions (4 bytes a token).
+        assert layer.nbytes == entries * (4 + 16 / 16) / 8 + 2 * 32 * 4
         assert layer.nbytes < entries * 2 / 2.5
 
 

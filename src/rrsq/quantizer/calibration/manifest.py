@@ -14,7 +14,7 @@ from ...recipe import Recipe
 __all__ = ["MANIFEST_NAME", "CalibrationManifest", "read_manifest", "write_manifest"]
 
 MANIFEST_NAME = "calibration.json"
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 
 
 class CalibrationManifest(BaseModel):
@@ -38,7 +38,7 @@ class CalibrationManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     source_model: str
     config_fingerprint: str
     weights_fingerprint: str

@@ -31,7 +31,7 @@ class LayerStatistics:
 
     Attributes:
         inputs: by the input's path.
-        means: float32 ``[kv_heads, head_dim]``, means named ``key`` (before RoPE) and ``value``.
+        means: float32 ``[kv_heads, head_dim]``, see :func:`.cache_statistics.collect_cache_means`.
     """
 
     inputs: dict[str, InputSummary]

@@ -20,6 +20,7 @@ from ...recipe import Rotation
 from ...runtime.rotation.rotations import Rotations
 from ...storage import sync_folder
 from .basis import InputBasis
+from .cache_statistics import CACHE_MEANS
 from .fingerprint import ModelFingerprint
 from .hessian import SymmetricSum
 from .manifest import CalibrationManifest, read_manifest
@@ -118,7 +119,7 @@ class StoredCalibration:
                 if with_absmax:
                     absmax = _read(file, f"{name}.absmax", channels).to(device)
                 inputs[entry.path] = InputSummary(hessian, absmax)
-            means = {name: file.get_tensor(f"mean.{name}") for name in ("key", "value")}
+            means = {name: file.get_tensor(f"mean.{name}") for name in CACHE_MEANS}
         if rotations.head is not None:
             means["value"] = rotations.head.apply(means["value"])
         return LayerStatistics(inputs, means)

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ...models import LinearInput, ModelFamily
-from ...runtime.kv_cache.layers import token_positions
-from ...runtime.kv_cache.rope import KeyRotary
 from .layer_calls import embedded, layer_calls
 from .precision import calibration_products
-from .statistics import InputStatistics, MeanStatistics
+from .statistics import InputStatistics
 
-__all__ = ["HiddenStates", "collect_cache_means", "collect_inputs"]
+__all__ = ["HiddenStates", "collect_inputs"]
 
 
 class HiddenStates:
@@ -136,48 +134,6 @@ def collect_inputs(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def collect_cache_means(
-    attention: nn.Module, rotary: KeyRotary | None
-) -> Iterator[dict[str, MeanStatistics]]:
-    """While open, gather the mean key before RoPE and the mean value of an attention run without a cache.
-
-    They are measured where a cache would take them, and RoPE is undone, so that norms of keys and fused
-    projections need not be known. Under the names ``key`` and ``value``: means over tokens, ``[kv_heads,
-    head_dim]``.
-    """
-    observer = _CacheObserver(rotary)
-    handle = attention.register_forward_pre_hook(observer.before_attention, with_kwargs=True)
-    try:
-        yield observer.means
-    finally:
-        handle.remove()
-
-
-class _CacheObserver:
-    """Stands where a cache would, and hands keys and values back as they came."""
-
-    def __init__(self, rotary: KeyRotary | None) -> None:
-        self.rotary = rotary
-        self.means = {"key": MeanStatistics(), "value": MeanStatistics()}
-        self.position_ids: Tensor | None = None
-
-    def before_attention(
-        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self.position_ids = kwargs.get("position_ids")
-        return args, {**kwargs, "past_key_values": self}
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        before = keys.float()
-        if self.rotary is not None:
-            positions = self.rotary.mark(token_positions(self.position_ids, keys, 0))
-            before = self.rotary.undo(before, positions)
-        self.means["key"].add(before.transpose(1, 2))
-        self.means["value"].add(values.transpose(1, 2))
-        return keys, values
 
 
 def _input_hook(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -51,6 +51,8 @@ class CacheScheme:
     rotate: bool
     offset: bool
     signed: bool = False
+    sink: bool = False
+    balance: bool = False
 
 
 @functools.lru_cache(maxsize=16)
@@ -68,6 +70,8 @@ class CacheTensorQuantizer(nn.Module):
     """Encodes and decodes keys or values of one layer, ``[batch, kv_heads, tokens, head_dim]``."""
 
     offset: Tensor | None
+    sink: Tensor | None
+    balance: Tensor | None
 
     def __init__(self, scheme: CacheScheme, kv_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -76,15 +80,22 @@ class CacheTensorQuantizer(nn.Module):
         self.head_dim = head_dim
         self.kv_heads = kv_heads
         self._rotation: Tensor | None = None
-        offset = torch.zeros(kv_heads, head_dim, dtype=torch.float32) if scheme.offset else None
-        self.register_buffer("offset", offset)
+        for name, there, neutral in (
+            ("offset", scheme.offset, 0.0),
+            ("sink", scheme.sink, 0.0),
+            ("balance", scheme.balance, 1.0),
+        ):
+            buffer = torch.full((kv_heads, head_dim), neutral, dtype=torch.float32) if there else None
+            self.register_buffer(name, buffer)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # The offset stays float32 whatever dtype the model is cast to.
-        offset = self.offset
+        # These stay float32 whatever dtype the model is cast to.
+        before = dict(self._buffers)
         module = super()._apply(fn, recurse)
-        if offset is not None and self.offset is not None and self.offset.dtype != torch.float32:
-            self.offset = offset.to(self.offset.device)
+        for name, buffer in self._buffers.items():
+            old = before[name]
+            if old is not None and buffer is not None and buffer.dtype != torch.float32:
+                self._buffers[name] = old.to(buffer.device)
         return module
 
     def page(self, batch: int, capacity: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -112,9 +123,12 @@ class CacheTensorQuantizer(nn.Module):
             return None
         return (self.rotation(device) * self.head_dim**0.5).round().to(torch.int8)
 
-    def forward(self) -> Tensor | None:
-        """The offset, where the model runs: a call brings it there from where accelerate has offloaded it."""
-        return self.offset
+    def forward(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The offset, that of position 0 where it has one of its own, and the balance, where the model runs.
+
+        A call brings them there from where accelerate has offloaded them.
+        """
+        return self.offset, self.sink, self.balance
 
     def set_bits(self, bits: int) -> None:
         """Store ``bits`` a code from now on."""
@@ -144,6 +158,8 @@ class _Constants(NamedTuple):
     key_signs: Tensor | None
     value_signs: Tensor | None
     key_offset: Tensor | None
+    key_sink: Tensor | None
+    key_balance: Tensor | None
     value_offset: Tensor | None
     frequencies: Tensor | None
     rope_scale: float
@@ -220,6 +236,8 @@ class KVQuantizer(nn.Module):
             mask,
             constants.key_signs,
             constants.key_offset,
+            constants.key_sink,
+            constants.key_balance,
             None if constants.value_signs is not None else constants.value_offset,
             constants.frequencies,
             constants.rope_scale,
@@ -310,7 +328,7 @@ class KVQuantizer(nn.Module):
         return made
 
     def _make_constants(self, device: torch.device) -> _Constants:
-        offset, value_offset = self.keys(), self.values()
+        (offset, sink, balance), (value_offset, *_) = self.keys(), self.values()
         frequencies, scale = None, 1.0
         if offset is not None and self.rotary is not None:
             frequencies, scale = self.rotary.frequencies(device)
@@ -318,6 +336,8 @@ class KVQuantizer(nn.Module):
             self.keys.signs(device),
             self.values.signs(device),
             None if offset is None else offset.to(device),
+            None if sink is None else sink.to(device),
+            None if balance is None else balance.to(device),
             None if value_offset is None else value_offset.to(device),
             frequencies,
             scale,
@@ -373,34 +393,42 @@ class KVQuantizer(nn.Module):
         """
         if self.rotary is not None:
             positions = self.rotary.mark(positions)
-        keys = keys.float() - self._key_offset(keys, positions)
+        offset, balance = self._key_constants(keys, positions)
+        keys = (keys.float() - offset) * balance
         values = values.float() - self._value_offset(values)
         stored = {f"key_{name}": tensor for name, tensor in self.keys.encode(keys).items()}
         stored.update({f"value_{name}": tensor for name, tensor in self.values.encode(values).items()})
-        if self.keys.offset is not None and self.rotary is not None:
+        if self.keys.offset is not None and (self.rotary is not None or self.keys.sink is not None):
             stored["positions"] = positions
         return stored
 
     def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values ``[batch, kv_heads, tokens, head_dim]`` that the stored tensors stand for."""
         keys = self.keys.decode(_part(stored, "key_"))
-        keys = keys + self._key_offset(keys, stored.get("positions"))
+        offset, balance = self._key_constants(keys, stored.get("positions"))
+        keys = keys / balance + offset
         values = self.values.decode(_part(stored, "value_"))
         values = values + self._value_offset(values)
         return keys.to(dtype), values.to(dtype)
 
-    def _key_offset(self, keys: Tensor, positions: Tensor | None) -> Tensor | float:
-        offset = self.keys()
+    def _key_constants(self, keys: Tensor, positions: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+        """What is taken off the keys, and what the rest is multiplied by."""
+        offset, sink, balance = self.keys()
+        factor = 1.0 if balance is None else balance.to(keys.device)[None, :, None, :]
         if offset is None:
-            return 0.0
+            return 0.0, factor
         offset = offset.to(keys.device)[None, :, None, :]
+        if sink is not None:
+            assert positions is not None
+            zeroth = (positions == 0) | (positions == -1)  # See KeyRotary.mark.
+            offset = torch.where(zeroth, sink.to(keys.device)[None, :, None, :], offset)
         if self.rotary is None:
-            return offset
+            return offset, factor
         assert positions is not None
-        return self.rotary.apply(offset, positions)
+        return self.rotary.apply(offset, positions), factor
 
     def _value_offset(self, values: Tensor) -> Tensor | float:
-        offset = self.values()
+        offset = self.values()[0]
         return 0.0 if offset is None else offset.to(values.device)[None, :, None, :]
 
     def _before_attention(
