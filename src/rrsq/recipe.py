@@ -198,8 +198,8 @@ class CacheTensor(_Part):
     rotate: bool = Field(default=True, description="Hadamard over head_dim before quantization (R3 for keys)")
     offset: Literal["none", "mean", "sink"] = Field(
         default="none",
-        description="mean: the calibrated mean, for keys before RoPE, is taken off and put back; sink: and for"
-        " keys at position 0, the attention sink, the mean of those there",
+        description="mean: the calibrated mean, for keys before RoPE, is taken off and put back; sink: and"
+        " for keys at position 0, the attention sink, the mean of those there",
     )
     balance: bool = Field(
         default=False,

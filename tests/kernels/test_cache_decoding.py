@@ -280,9 +280,11 @@ def test_what_is_read_is_what_was_appended(case: Case) -> None:
     cache = Cache(replace(case, dtype=torch.float32, key_bits=8, value_bits=8), torch.device("cpu"))
     cache.append()
     keys, values = cache.read(torch.float32)
-    for read, given in ((keys, cache.keys), (values, cache.values)):
-        error = (read - given.transpose(1, 2)).abs().amax((0, 1, 3))
-        assert (error <= 0.06 * given.abs().amax((0, 2, 3)).clamp_min(1.0)).all()
+    balance = 1.0 if cache.balance is None else cache.balance[:, None, :]
+    for read, given, factor in ((keys, cache.keys, balance), (values, cache.values, 1.0)):
+        given = given.transpose(1, 2) * factor
+        error = (read * factor - given).abs().amax((0, 1, 3))
+        assert (error <= 0.06 * given.abs().amax((0, 1, 3)).clamp_min(1.0)).all()
 
 
 @needs_triton

@@ -29,6 +29,7 @@ __all__ = [
     "decode_cache",
     "dequantized_chunk",
     "encode_cache",
+    "inverse_power",
     "offset_keys",
     "page_shapes",
     "rope_of_offset",
@@ -364,6 +365,12 @@ def turned(turns):
         )
         return cos, sin
     return tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
+def inverse_power(x):
+    """``1 / x`` of float32 powers of two, exact, by their exponents."""
+    return (0x7F000000 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

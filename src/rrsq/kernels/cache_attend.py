@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ._triton import COMPILED, ceil_div, next_power_of_two, processors, tl, triton
-from .cache import chunk_size, dequantized_chunk, signs_as, turned
+from .cache import chunk_size, dequantized_chunk, inverse_power, signs_as, turned
 from .cache_read import cache_read
 from .operation import Constraints, operation
 
@@ -227,8 +227,10 @@ def _prepare_kernel(
         q_high = tl.load(q_rows[None, :] + (channel + HALF)[:, None], mask=used, other=0.0)
         if BALANCED:  # Powers of two: the quotients are exact.
             balance = (key_balance + kv_head * HEAD_DIM)[None, :] + channel[:, None]
-            q_low = (q_low / tl.load(balance, mask=used, other=1.0)).to(q_low.dtype)
-            q_high = (q_high / tl.load(balance + HALF, mask=used, other=1.0)).to(q_high.dtype)
+            of_low = inverse_power(tl.load(balance, mask=used, other=1.0))
+            of_high = inverse_power(tl.load(balance + HALF, mask=used, other=1.0))
+            q_low = (q_low.to(tl.float32) * of_low).to(q_low.dtype)
+            q_high = (q_high.to(tl.float32) * of_high).to(q_high.dtype)
         low_size = tl.abs(q_low.to(tl.float32))
         high_size = tl.abs(q_high.to(tl.float32))
         half = chunk // CHUNKS
@@ -249,7 +251,7 @@ def _prepare_kernel(
             part = tl.load(q_rows[None, :] + place, mask=inside, other=0.0).to(tl.float32)
             if BALANCED:
                 of_place = (key_balance + kv_head * HEAD_DIM)[None, :] + place
-                part /= tl.load(of_place, mask=inside, other=1.0)
+                part *= inverse_power(tl.load(of_place, mask=inside, other=1.0))
         largest = tl.where(largest > 0, largest, 1.0)
         to = prepared + (group * ROWS + own) * (2 * CHUNKS * KEY_CHUNK)
         tl.store(

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from ._triton import ceil_div, next_power_of_two, tl, triton
-from .cache import CachePages, decode_cache, dequantized_chunk, offset_keys, rope_of_offset, rotated_halves
+from .cache import (
+    CachePages,
+    decode_cache,
+    dequantized_chunk,
+    inverse_power,
+    offset_keys,
+    rope_of_offset,
+    rotated_halves,
+)
 from .operation import Constraints, operation
 
 __all__ = ["cache_gather", "cache_read"]
@@ -275,8 +283,8 @@ def _kernel(
             low, high = rotated_halves(low, high, key_signs, HALF, HEAD_DIM, PADDED)
         if BALANCED:
             balance = key_balance + head * HEAD_DIM + channel
-            low /= tl.load(balance, mask=channel < HALF, other=1.0)[None, :]
-            high /= tl.load(balance + HALF, mask=channel < HALF, other=1.0)[None, :]
+            low *= inverse_power(tl.load(balance, mask=channel < HALF, other=1.0))[None, :]
+            high *= inverse_power(tl.load(balance + HALF, mask=channel < HALF, other=1.0))[None, :]
         if OFFSET:
             mean = key_offset + head * HEAD_DIM
             sink = mean
