@@ -237,7 +237,8 @@ def measure_layer(
 ) -> MeasuredLayer:
     """Run all text through a layer that is rotated and not yet quantized; the text stays where it is.
 
-    With several workers each runs its own text, and the statistics of linears, keys and values are of all.
+    With several workers each runs its own text, and the statistics of linears, keys and values are of all. Of
+    what experts are called with, each keeps its own.
     ``on_step`` is called after each batch, and once they are added up.
     """
     linears = tuple(entry for entry in inputs if not entry.experts)
@@ -249,6 +250,8 @@ def measure_layer(
     ):
         reference = hidden.observe(layer, on_step)
     workers.merge([*found.values(), *means.values()])
+    if routed is not None:
+        routed.merge(workers)
     on_step()
     statistics = LayerStatistics(
         {path: InputSummary(each.hessian, each.absmax) for path, each in found.items()},
