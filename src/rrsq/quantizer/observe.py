@@ -168,7 +168,7 @@ class RunningText:
         family: of the model.
         device: where layers run.
         workers: the processes that share the text.
-        before_advance: called before ``hidden`` is overwritten.
+        before_overwrite: called with the index of a batch of ``hidden`` before it is overwritten.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class RunningText:
         family: ModelFamily,
         device: torch.device,
         workers: Workers,
-        before_advance: Callable[[], None],
+        before_overwrite: Callable[[int], None],
     ) -> None:
         self.hidden: HiddenStates | None = hidden
         self.text = hidden
@@ -186,7 +186,7 @@ class RunningText:
         self.family = family
         self.device = device
         self.workers = workers
-        self.before_advance = before_advance
+        self.before_overwrite = before_overwrite
         self.steps = 2 * len(hidden.batches) + 1  # Each batch twice, once for adding up what was measured.
 
     def of_layer(
@@ -214,8 +214,7 @@ class RunningText:
     def advance(self, index: int, layer: nn.Module, reference: Tensor | None, step: Step) -> float | None:
         """See :class:`Activations`."""
         assert reference is not None
-        self.before_advance()
-        output = self.text.advance(layer, lambda: step("outputs"))
+        output = self.text.advance(layer, lambda: step("outputs"), self.before_overwrite)
         check_activations(output, f"Layer {index}, output")
         return _snr_db(reference, output)
 

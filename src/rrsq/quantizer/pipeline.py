@@ -137,8 +137,7 @@ def quantize_model(
             done = _quantize_layer(plan, index, activations, workers, hessian_bytes, step)
             report.layers.append(done)
             store.close(name)
-            hidden = activations.hidden
-            store.commit(done, None if hidden is None else hidden.stream)
+            store.commit(done, _stream(activations))
             step("written")
         _end(plan, store, activations, report)
         key_bits = _key_bits(plan, report)
@@ -238,7 +237,7 @@ def _activations(
         allocate=store.allocate,
         stream=None if store.progressed is None else store.progressed.stream,
     )
-    return RunningText(hidden, plan.recipe, plan.family, plan.device, workers, store.before_advance)
+    return RunningText(hidden, plan.recipe, plan.family, plan.device, workers, store.before_overwrite)
 
 
 def _leave_embedding(plan: _Plan, store: ModelStore, activations: Activations) -> None:
@@ -250,8 +249,12 @@ def _leave_embedding(plan: _Plan, store: ModelStore, activations: Activations) -
             check_result(plan.model.get_submodule(path), path)
             store.close(path)
     if store.progressed is None:
-        hidden = activations.hidden
-        store.commit(None, None if hidden is None else hidden.stream)
+        store.commit(None, _stream(activations))
+
+
+def _stream(activations: Activations) -> tuple[Tensor, ...]:
+    """The residual stream in its batches; none where no text runs."""
+    return () if activations.hidden is None else activations.hidden.batches
 
 
 def _quantize_layer(

@@ -98,6 +98,10 @@ class Workers:
         distributed.all_gather(found, own)
         return torch.stack(found).to(tensor.device)
 
+    def all(self, fact: bool) -> bool:
+        """Whether something is so in all processes."""
+        return bool(self.gather(torch.tensor(int(fact))).all())
+
     def give(self, tensors: Iterable[Tensor], owner: int) -> None:
         """Give every process one's tensors, on the device, in the place of its own."""
         if self.count == 1:
