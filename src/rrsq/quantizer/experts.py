@@ -17,6 +17,7 @@ from ..runtime.rotation.rotations import Rotations
 from ..runtime.scheme import Treatment
 from .calibration.experts import RoutedTokens, expert_statistics, fewest_tokens
 from .calibration.statistics import InputStatistics
+from .calibration.workers import ALONE, Workers
 from .weights import in_order, quantize_weight
 
 __all__ = ["HESSIAN_BYTES", "ExpertsReport", "batches_of_experts", "quantize_experts"]
@@ -72,12 +73,16 @@ def quantize_experts(
     routed: RoutedTokens | None,
     device: torch.device,
     hessian_bytes: int = HESSIAN_BYTES,
+    workers: Workers = ALONE,
 ) -> ExpertsReport:
     """Quantize the experts of a decoder layer in place.
 
     Each has Hessians of its own, of the tokens that the router sent to it in calibration. An expert that saw
     fewer than a quarter of an input's channels is shown others' tokens as well, until it has as many
     (:meth:`RoutedTokens.shown_to`): a Hessian of very few tokens knows nothing of most directions.
+
+    Several processes add up the Hessians of their tokens, each expert's where it is rounded, and give each
+    other the codes.
 
     Args:
         layer: on the device, its experts opened and rotated.
@@ -86,6 +91,7 @@ def quantize_experts(
         routed: what the experts saw; None without calibration.
         device: where it is computed.
         hessian_bytes: what the Hessians that exist at once may take, where one expert's take no more.
+        workers: processes that share the text and the experts; each has this layer.
     """
     path = next(iter(treatments)).parent
     experts: Any = layer.get_submodule(path)
@@ -97,27 +103,37 @@ def quantize_experts(
             module.input_quantizer.to(device)
     if not replaced:
         return ExpertsReport()
-    _set_channel_orders(replaced, originals, routed, device)
+    _set_channel_orders(replaced, originals, routed, device, workers)
     channels = [linear.weight.shape[-1] for linear in (originals.gate_up_proj, originals.down_proj)]
     with_hessian = routed is not None and any(treatments[e].weights.method == "gptq" for e in replaced)
     report = ExpertsReport()
     if routed is not None and with_hessian:
-        counts, fewest = routed.counts(experts.num_experts), fewest_tokens(max(channels))
+        counts, fewest = routed.counts.sum(0).tolist(), fewest_tokens(max(channels))
         report.undersampled = [expert for expert, count in enumerate(counts) if count < fewest]
+    fell_back = torch.zeros(experts.num_experts, len(replaced), dtype=torch.int32, device=device)
     for batch in batches_of_experts(experts.num_experts, channels, hessian_bytes):
+        own = [expert for expert in batch if workers.owner(expert) == workers.rank]
         statistics: dict[int, dict[str, InputStatistics]] = {}
         if routed is not None and with_hessian:
-            statistics = expert_statistics(originals, routed, batch, device, with_hessian=True)
-        for expert in batch:
-            found = statistics.pop(expert, {})
-            for entry, module in replaced.items():
+            found = expert_statistics(originals, routed, batch, device, with_hessian=True)
+            for expert in batch:
+                workers.merge(found[expert].values(), workers.owner(expert))
+            statistics = {expert: found[expert] for expert in own}
+            del found
+        for expert in own:
+            known = statistics.pop(expert, {})
+            for column, (entry, module) in enumerate(replaced.items()):
                 weight = getattr(originals, entry.linears[0]).weight[expert]
-                fell_back = _quantize_expert(
-                    module, expert, weight, treatments[entry].weights, found.pop(entry.name, None)
+                fell_back[expert, column] = _quantize_expert(
+                    module, expert, weight, treatments[entry].weights, known.pop(entry.name, None)
                 )
-                if fell_back:
-                    report.fallbacks.append(f"{path}.{expert}.{entry.name}")
-            found.clear()
+    for expert in range(experts.num_experts):
+        for module in replaced.values():
+            matrices = [tensor[expert] for tensor in module.state_dict().values()]
+            workers.give(matrices, workers.owner(expert))
+    workers.add_up(fell_back)
+    entries = list(replaced)
+    report.fallbacks = [f"{path}.{expert}.{entries[i].name}" for expert, i in fell_back.nonzero().tolist()]
     return report
 
 
@@ -138,6 +154,7 @@ def _set_channel_orders(
     originals: Experts,
     routed: RoutedTokens | None,
     device: torch.device,
+    workers: Workers,
 ) -> None:
     """Orders by the largest magnitude that any expert saw: tokens are quantized before they are sent out."""
     ordered = {e: m.input_quantizer for e, m in replaced.items() if m.input_quantizer.scheme.stores_order}
@@ -147,5 +164,6 @@ def _set_channel_orders(
     statistics = expert_statistics(originals, routed, everyone, device, with_hessian=False)
     for entry, quantizer in ordered.items():
         absmax = torch.stack([found[entry.name].absmax for found in statistics.values()]).amax(0)
+        workers.largest(absmax)
         assert quantizer.channel_order is not None
         quantizer.channel_order.copy_(absmax.argsort(stable=True))

@@ -169,7 +169,7 @@ class RunningText:
         family: of the model.
         device: where layers run.
         workers: the processes that share the text.
-        before_advance: called before ``hidden`` is overwritten.
+        before_overwrite: called with the index of a batch of ``hidden`` before it is overwritten.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class RunningText:
         family: ModelFamily,
         device: torch.device,
         workers: Workers,
-        before_advance: Callable[[], None],
+        before_overwrite: Callable[[int], None],
     ) -> None:
         self.hidden: HiddenStates | None = hidden
         self.text = hidden
@@ -187,7 +187,7 @@ class RunningText:
         self.family = family
         self.device = device
         self.workers = workers
-        self.before_advance = before_advance
+        self.before_overwrite = before_overwrite
         self.steps = 2 * len(hidden.batches) + 1  # Each batch twice, once for adding up what was measured.
 
     def of_layer(
@@ -215,8 +215,7 @@ class RunningText:
     def advance(self, index: int, layer: nn.Module, reference: Tensor | None, step: Step) -> float | None:
         """See :class:`Activations`."""
         assert reference is not None
-        self.before_advance()
-        output = self.text.advance(layer, lambda: step("outputs"))
+        output = self.text.advance(layer, lambda: step("outputs"), self.before_overwrite)
         check_activations(output, f"Layer {index}, output")
         return _snr_db(reference, output)
 
@@ -238,7 +237,8 @@ def measure_layer(
 ) -> MeasuredLayer:
     """Run all text through a layer that is rotated and not yet quantized; the text stays where it is.
 
-    With several workers each runs its own text, and the statistics of linears, keys and values are of all.
+    With several workers each runs its own text, and the statistics of linears, keys and values are of all. Of
+    what experts are called with, each keeps its own.
     ``on_step`` is called after each batch, and once they are added up.
     """
     linears = tuple(entry for entry in inputs if not entry.experts)
@@ -250,6 +250,8 @@ def measure_layer(
     ):
         reference = hidden.observe(layer, on_step)
     workers.merge([*found.values(), *means.values()])
+    if routed is not None:
+        routed.merge(workers)
     on_step()
     statistics = LayerStatistics(
         {path: InputSummary(each.hessian, each.absmax) for path, each in found.items()},

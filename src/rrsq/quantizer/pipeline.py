@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
 from ..models import ModelFamily, ModelSizes, family_for
 from ..recipe import Recipe
 from ..runtime.assemble import RotationSigns, key_rotary, treated_inputs
@@ -92,7 +91,8 @@ def quantize_model(
         hessian_bytes: of experts, only so many are quantized at once as have Hessians of so many bytes.
         stream_dtype: in which the residual stream of the calibration text is kept between layers.
         store: where the weights are, if not in ``model``.
-        workers: processes that share the calibration text; each is given all of it and runs its part.
+        workers: processes that share the calibration text, each is given all of it and runs its part, and
+            the rounding of experts.
         progress: called with steps done, steps in all, and what is being done.
 
     Returns:
@@ -106,7 +106,7 @@ def quantize_model(
         RecipeError: the recipe's key offsets do not go with the model's RoPE, a pattern matches
             nothing, or a linear to quantize has an odd number of input channels.
         UnsupportedArchitectureError: no family is known for the model.
-        UsageError: several workers for a mixture of experts, or more than there are windows.
+        UsageError: there are more workers than windows.
     """
     family = family_for(model.config)
     check_rope(model.config, recipe)
@@ -117,10 +117,6 @@ def quantize_model(
         check_token_ids(model, calibration)
     elif needs_calibration(recipe):
         raise ValueError(f"recipe '{recipe.name}' needs calibration windows")
-    if workers.count > 1 and any(entry.experts for entry in family.inputs):
-        raise UsageError(
-            "The calibration of a mixture of experts cannot be shared by several processes yet. Start one."
-        )
     started = time.perf_counter()
     store = store or InMemoryStore(model)
     plan = _Plan.of(model.eval().requires_grad_(False), recipe, family, seed, torch.device(device))
@@ -141,8 +137,7 @@ def quantize_model(
             done = _quantize_layer(plan, index, activations, workers, hessian_bytes, step)
             report.layers.append(done)
             store.close(name)
-            hidden = activations.hidden
-            store.commit(done, None if hidden is None else hidden.stream)
+            store.commit(done, _stream(activations))
             step("written")
         _end(plan, store, activations, report)
         key_bits = _key_bits(plan, report)
@@ -242,7 +237,7 @@ def _activations(
         allocate=store.allocate,
         stream=None if store.progressed is None else store.progressed.stream,
     )
-    return RunningText(hidden, plan.recipe, plan.family, plan.device, workers, store.before_advance)
+    return RunningText(hidden, plan.recipe, plan.family, plan.device, workers, store.before_overwrite)
 
 
 def _leave_embedding(plan: _Plan, store: ModelStore, activations: Activations) -> None:
@@ -254,8 +249,12 @@ def _leave_embedding(plan: _Plan, store: ModelStore, activations: Activations) -
             check_result(plan.model.get_submodule(path), path)
             store.close(path)
     if store.progressed is None:
-        hidden = activations.hidden
-        store.commit(None, None if hidden is None else hidden.stream)
+        store.commit(None, _stream(activations))
+
+
+def _stream(activations: Activations) -> tuple[Tensor, ...]:
+    """The residual stream in its batches; none where no text runs."""
+    return () if activations.hidden is None else activations.hidden.batches
 
 
 def _quantize_layer(
@@ -296,7 +295,9 @@ def _quantize_layer(
             step("weights")
     mixture = {entry: treatment(recipe, name, entry) for entry in inputs if entry.experts}
     if mixture:
-        experts = quantize_experts(layer, mixture, plan.rotations, known.routed, device, hessian_bytes)
+        experts = quantize_experts(
+            layer, mixture, plan.rotations, known.routed, device, hessian_bytes, workers
+        )
         report.undersampled_experts = experts.undersampled
         report.fallbacks += experts.fallbacks
         for message in experts.messages(index):

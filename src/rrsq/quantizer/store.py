@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -49,11 +50,11 @@ class ModelStore(Protocol):
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """Memory for the residual stream, or None for ordinary one."""
 
-    def before_advance(self) -> None:
-        """The residual stream is about to be overwritten."""
+    def before_overwrite(self, index: int) -> None:
+        """The batch of this index of the residual stream is about to be overwritten."""
 
-    def commit(self, report: LayerReport | None, stream: Tensor | None) -> None:
-        """A layer is finished (None: the embedding), and the residual stream is the one behind it."""
+    def commit(self, report: LayerReport | None, stream: Sequence[Tensor]) -> None:
+        """A layer is finished (None: the embedding), and the residual stream, in batches, is behind it."""
 
     def bytes_after(self) -> int:
         """Size of the weights of the quantized model."""
@@ -85,10 +86,10 @@ class InMemoryStore:
         """Ordinary memory."""
         return None
 
-    def before_advance(self) -> None:
+    def before_overwrite(self, index: int) -> None:
         """Nothing: no one else reads the stream."""
 
-    def commit(self, report: LayerReport | None, stream: Tensor | None) -> None:
+    def commit(self, report: LayerReport | None, stream: Sequence[Tensor]) -> None:
         """Nothing: what is in memory is lost with the process."""
 
     def bytes_after(self) -> int:

@@ -31,7 +31,7 @@ def make_experts() -> Experts:
 
 def make_tokens(*batches: int, experts: int = EXPERTS) -> RoutedTokens:
     generator = torch.Generator().manual_seed(1)
-    routed = RoutedTokens()
+    routed = RoutedTokens(EXPERTS)
     for tokens in batches:
         hidden = torch.randn(tokens, HIDDEN, generator=generator)
         chosen = torch.rand(tokens, experts, generator=generator).topk(2, dim=-1).indices
@@ -49,7 +49,13 @@ def test_what_experts_are_called_with_is_kept() -> None:
     assert all(torch.equal(a, b) for a, b in zip(routed.hidden, tokens.hidden, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(routed.chosen, tokens.chosen, strict=True))
     expected = [sum(int((chosen == expert).sum()) for chosen in tokens.chosen) for expert in range(EXPERTS)]
-    assert routed.counts(EXPERTS) == expected
+    assert routed.counts.tolist() == [expected]
+    assert routed.tokens.tolist() == [8]
+    energy = torch.cat(tokens.hidden).double().square().sum(0).float()
+    torch.testing.assert_close(routed.energy, energy)
+    routed.scale(torch.full((HIDDEN,), 3.0))
+    torch.testing.assert_close(routed.energy, 9 * energy)
+    torch.testing.assert_close(routed.hidden[1], 3 * tokens.hidden[1])
 
 
 @pytest.mark.parametrize("expert", range(EXPERTS))
@@ -96,8 +102,11 @@ def test_an_expert_with_enough_tokens_is_shown_no_others() -> None:
 
 
 def test_what_is_missing_comes_from_all_over_the_text() -> None:
-    routed = make_tokens(60, 40, experts=3)  # Expert 3 gets none.
-    routed.chosen[0][5, 0] = 3
+    found = make_tokens(60, 40, experts=3)  # Expert 3 gets none.
+    found.chosen[0][5, 0] = 3
+    routed = RoutedTokens(EXPERTS)
+    for hidden, chosen in zip(found.hidden, found.chosen, strict=True):
+        routed.add(hidden, chosen)
     shown = routed.shown_to(3, fewest=9)
     assert [part.shape[0] for part in shown] == [60, 40]
     positions = torch.cat(shown).nonzero().squeeze(1).tolist()
@@ -111,3 +120,19 @@ def test_what_is_missing_comes_from_all_over_the_text() -> None:
 def test_too_little_text_is_shown_as_a_whole() -> None:
     routed = make_tokens(7, experts=3)
     assert bool(torch.cat(routed.shown_to(3, fewest=100)).all())
+
+
+@pytest.mark.parametrize("fewest", [1, 9, 50, 1000])
+@pytest.mark.parametrize("expert", range(EXPERTS))
+def test_processes_show_an_expert_the_tokens_that_one_process_would(expert: int, fewest: int) -> None:
+    """Batches of 30, 25 and 10 tokens in three processes; the last expert gets tokens in the second alone."""
+    parts = [make_tokens(30, experts=3), make_tokens(25), make_tokens(10, experts=3)]
+    whole = RoutedTokens(EXPERTS)
+    for part in parts:
+        whole.add(part.hidden[0], part.chosen[0])
+    expected = torch.cat(whole.shown_to(expert, fewest))
+    counts, tokens = (torch.cat([getattr(part, name) for part in parts]) for name in ("counts", "tokens"))
+    for rank, part in enumerate(parts):
+        part.counts, part.tokens, part.rank = counts, tokens, rank
+    shown = [torch.cat(part.shown_to(expert, fewest)) for part in parts]
+    assert torch.equal(torch.cat(shown), expected)

@@ -13,10 +13,8 @@ from forked import exit_codes, torchrun_environments
 from killed_run import produce, started
 from rrsq.errors import UsageError
 from rrsq.quantizer.calibration.workers import Workers
-from rrsq.quantizer.pipeline import quantize_model
 from rrsq.work_folder import work_path
 from tiny_families import tiny_model
-from tiny_quantized import random_tokens, recipe_of
 
 
 def two_processes(model: Path, out: Path) -> list[int | None]:
@@ -26,12 +24,22 @@ def two_processes(model: Path, out: Path) -> list[int | None]:
     return exit_codes(processes, seconds=120)
 
 
+@pytest.fixture(params=["llama", "mixtral"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The folder of a dense model, or of a mixture of experts."""
+    if request.param == "llama":
+        return request.getfixturevalue("tiny_llama_dir")
+    tiny_model(request.param).save_pretrained(tmp_path / "source")
+    request.getfixturevalue("tiny_tokenizer").save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
 @pytest.mark.timeout(150)
-def test_two_processes_make_what_one_makes(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_two_processes_make_what_one_makes(source: Path, tmp_path: Path) -> None:
     """Their sums are in another order, so that a code may fall on the other side of a tie."""
-    assert two_processes(tiny_llama_dir, tmp_path / "two") == [0, 0]
+    assert two_processes(source, tmp_path / "two") == [0, 0]
     assert not work_path(tmp_path / "two").exists()
-    produce(tiny_llama_dir, tmp_path / "one", windows=9)
+    produce(source, tmp_path / "one", windows=9)
     one, two = (
         {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
         for folder in (tmp_path / "one", tmp_path / "two")
@@ -61,10 +69,3 @@ def test_each_gets_a_run_of_the_windows() -> None:
     assert [len(part) for part in parts] == [3, 2, 2]
     with pytest.raises(UsageError, match="8 processes cannot share 7"):
         Workers(0, 8).part(windows)
-
-
-def test_a_mixture_is_refused() -> None:
-    with pytest.raises(UsageError, match="mixture of experts"):
-        quantize_model(
-            tiny_model("mixtral"), recipe_of("rrs-w4a4kv4"), random_tokens(2, 8), workers=Workers(0, 2)
-        )

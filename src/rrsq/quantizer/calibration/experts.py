@@ -1,7 +1,8 @@
 """What calibration text shows each expert of a mixture.
 
 The tokens of a layer's experts are kept on the CPU, with what the router chose, so that statistics can be
-taken of a few experts at a time: the Hessians of all experts at once would not fit into memory.
+taken of a few experts at a time: the Hessians of all experts at once would not fit into memory. Where several
+processes share the text, each keeps the tokens of its part, and knows how many the others have.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ...runtime.modules.experts import Experts
 from .precision import calibration_products
 from .statistics import InputStatistics
+from .workers import Workers
 
 __all__ = ["RoutedTokens", "collect_routed_tokens", "expert_statistics", "fewest_tokens"]
 
@@ -22,35 +24,64 @@ __all__ = ["RoutedTokens", "collect_routed_tokens", "expert_statistics", "fewest
 class RoutedTokens:
     """The inputs of a layer's experts in calibration and the experts that each token went to.
 
+    Args:
+        num_experts: of the layer.
+
     Attributes:
         hidden: of each batch, float32 ``[tokens, hidden]`` on the CPU.
-        chosen: of each batch, int64 ``[tokens, top_k]`` on the CPU.
+        chosen: of each batch, int64 ``[tokens, top_k]`` on the CPU, no expert twice for a token.
+        energy: ``Σ x²`` of each channel, float32 ``[hidden]`` where the layer runs; None before any token.
+        counts: tokens of each expert, int64 ``[processes, experts]``; of one process until :meth:`merge`.
+        tokens: in all, int64 ``[processes]``.
+        rank: this process's row of these.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_experts: int) -> None:
         self.hidden: list[Tensor] = []
         self.chosen: list[Tensor] = []
+        self.energy: Tensor | None = None
+        self.counts = torch.zeros(1, num_experts, dtype=torch.int64)
+        self.tokens = torch.zeros(1, dtype=torch.int64)
+        self.rank = 0
 
     def add(self, hidden: Tensor, chosen: Tensor) -> None:
         """Keep a batch."""
-        self.hidden.append(hidden.detach().float().cpu())
-        self.chosen.append(chosen.detach().cpu())
+        hidden, chosen = hidden.detach().float(), chosen.detach().cpu()
+        energy = hidden.square().sum(0)
+        self.energy = energy if self.energy is None else self.energy + energy
+        self.hidden.append(hidden.cpu())
+        self.chosen.append(chosen)
+        self.counts[0] += chosen.flatten().bincount(minlength=self.counts.shape[1])
+        self.tokens[0] += len(chosen)
 
-    def counts(self, num_experts: int) -> list[int]:
-        """Tokens of each expert."""
-        return torch.cat(self.chosen).flatten().bincount(minlength=num_experts).tolist()
+    def merge(self, workers: Workers) -> None:
+        """Learn of the other processes' tokens, when all are kept: their counts and their energy."""
+        assert self.energy is not None
+        self.counts, self.tokens = workers.gather(self.counts[0]), workers.gather(self.tokens[0])
+        self.rank = workers.rank
+        workers.add_up(self.energy)
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply the channels by ``[hidden]``, as the norm in front of the experts is."""
+        on_cpu = factor.cpu()
+        self.hidden = [hidden * on_cpu for hidden in self.hidden]
+        if self.energy is not None:
+            self.energy = self.energy * factor.square()
 
     def shown_to(self, expert: int, fewest: int) -> list[Tensor]:
         """Which tokens stand for an expert's inputs: bool ``[tokens]`` of each batch.
 
-        Those that the router sent there; and, where they are fewer than ``fewest``, so many of the others,
-        evenly spread over the text, as are missing.
+        Those that the router sent there; and, where they are fewer than ``fewest`` in all processes, so many
+        of the others, evenly spread over the whole text, as are missing.
         """
         routed = torch.cat([(chosen == expert).any(1) for chosen in self.chosen])
-        others = (~routed).nonzero().squeeze(1)
-        missing = min(fewest - (len(routed) - len(others)), len(others))
+        others = self.tokens - self.counts[:, expert]
+        missing = min(fewest - int(self.counts[:, expert].sum()), int(others.sum()))
         if missing > 0:
-            routed[others[torch.arange(missing) * len(others) // missing]] = True
+            # Of all others by number, this process's follow those of the ranks before it.
+            spread = torch.arange(missing) * others.sum() // missing - others[: self.rank].sum()
+            own = spread[(spread >= 0) & (spread < others[self.rank])]
+            routed[(~routed).nonzero().squeeze(1)[own]] = True
         return list(routed.split([len(chosen) for chosen in self.chosen]))
 
 
@@ -62,7 +93,7 @@ def fewest_tokens(channels: int) -> int:
 @contextmanager
 def collect_routed_tokens(experts: Experts) -> Iterator[RoutedTokens]:
     """While open, keep what the experts are called with."""
-    routed = RoutedTokens()
+    routed = RoutedTokens(experts.num_experts)
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         routed.add(args[0], args[1])
@@ -77,7 +108,7 @@ def collect_routed_tokens(experts: Experts) -> Iterator[RoutedTokens]:
 def expert_statistics(
     experts: Experts, routed: RoutedTokens, selected: range, device: torch.device, *, with_hessian: bool
 ) -> dict[int, dict[str, InputStatistics]]:
-    """Statistics of some experts, each of the tokens that :meth:`RoutedTokens.shown_to` it.
+    """Statistics of some experts, each of this process's tokens that are :meth:`RoutedTokens.shown_to` it.
 
     Args:
         experts: in full precision, rotated.

@@ -91,12 +91,21 @@ class HiddenStates:
         assert first is not None
         return first
 
-    def advance(self, layer: nn.Module, on_batch: Callable[[], None] = lambda: None) -> Tensor:
-        """Replace the residual stream by the layer's outputs; return those of the first batch in float32."""
+    def advance(
+        self,
+        layer: nn.Module,
+        on_batch: Callable[[], None] = lambda: None,
+        before_overwrite: Callable[[int], None] = lambda index: None,
+    ) -> Tensor:
+        """Replace the residual stream by the layer's outputs; return those of the first batch in float32.
+
+        ``before_overwrite`` is called with the index of each batch before its outputs take its place.
+        """
         first: Tensor | None = None
         with torch.inference_mode():
-            for batch in self.batches:
+            for index, batch in enumerate(self.batches):
                 output = self.run(layer, batch)
+                before_overwrite(index)
                 batch.copy_(output)
                 first = output if first is None else first
                 on_batch()

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from .statistics import InputStatistics, MeanStatistics
 
 __all__ = ["ALONE", "Workers", "is_first_process", "joined_workers"]
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Workers:
@@ -27,10 +30,12 @@ class Workers:
     Attributes:
         rank: its number; 0 writes the result.
         count: how many there are.
+        device: where it computes.
     """
 
     rank: int = 0
     count: int = 1
+    device: torch.device = _CPU
 
     def part(self, windows: Tensor) -> Tensor:
         """This process's windows of ``[samples, tokens]``: a run of them, the first ones for rank 0.
@@ -45,35 +50,70 @@ class Workers:
             )
         return windows.tensor_split(self.count)[self.rank]
 
-    def merge(self, statistics: Iterable[InputStatistics | MeanStatistics]) -> None:
-        """Give every process the statistics of all the text."""
+    def owner(self, number: int) -> int:
+        """The rank that does a piece of work of this number, where each piece is done by one."""
+        return number % self.count
+
+    def merge(self, statistics: Iterable[InputStatistics | MeanStatistics], owner: int | None = None) -> None:
+        """Give every process the statistics of all the text.
+
+        With ``owner`` only the process of that rank has them then, and what the others have is of no use.
+        """
+        if self.count == 1:
+            return
+        for each in statistics:
+            tokens = torch.tensor(float(each.tokens), dtype=torch.float64, device=self.device)
+            sums: list[Tensor] = []
+            if isinstance(each, InputStatistics):
+                sums = [] if each.hessian is None else each.hessian.parts
+                self.largest(each.absmax, owner)
+            elif each.total is not None:
+                sums = [each.total]
+            for tensor in (*sums, tokens):
+                self.add_up(tensor, owner)
+            each.tokens = int(tokens)
+
+    def add_up(self, tensor: Tensor, owner: int | None = None) -> None:
+        """Replace a tensor on the device by the sum of all processes', for all of them or for one."""
+        if self.count > 1:
+            from torch import distributed
+
+            _reduce(tensor, distributed.ReduceOp.SUM, owner)
+
+    def largest(self, tensor: Tensor, owner: int | None = None) -> None:
+        """Replace a tensor on the device by the elementwise maximum, for all processes or for one."""
+        if self.count > 1:
+            from torch import distributed
+
+            _reduce(tensor, distributed.ReduceOp.MAX, owner)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All processes' tensors of one shape: ``[count, *shape]``, where the tensor is."""
+        if self.count == 1:
+            return tensor.unsqueeze(0)
+        from torch import distributed
+
+        own = tensor.to(self.device)
+        found = [torch.empty_like(own) for _ in range(self.count)]
+        distributed.all_gather(found, own)
+        return torch.stack(found).to(tensor.device)
+
+    def all(self, fact: bool) -> bool:
+        """Whether something is so in all processes."""
+        return bool(self.gather(torch.tensor(int(fact))).all())
+
+    def give(self, tensors: Iterable[Tensor], owner: int) -> None:
+        """Give every process one's tensors, on the device, in the place of its own."""
         if self.count == 1:
             return
         from torch import distributed
 
-        for each in statistics:
-            tokens = torch.tensor(float(each.tokens), dtype=torch.float64)
-            sums: list[Tensor] = []
-            largest: list[Tensor] = []
-            if isinstance(each, InputStatistics):
-                sums, largest = [] if each.hessian is None else each.hessian.parts, [each.absmax]
-            elif each.total is not None:
-                sums = [each.total]
-            tokens = tokens.to((*largest, *sums)[0].device)
-            for tensor in (*sums, tokens):
-                distributed.all_reduce(tensor)
-            for tensor in largest:
-                distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
-            each.tokens = int(tokens)
+        for tensor in tensors:
+            distributed.broadcast(tensor, owner)
 
     def share(self, module: nn.Module) -> None:
         """Give every process the tensors of rank 0's module."""
-        if self.count == 1:
-            return
-        from torch import distributed
-
-        for tensor in module.state_dict().values():
-            distributed.broadcast(tensor, 0)
+        self.give(module.state_dict().values(), 0)
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -84,6 +124,16 @@ class Workers:
 
 
 ALONE = Workers()
+
+
+def _reduce(tensor: Tensor, operation: Any, owner: int | None) -> None:
+    """For all processes, or for one."""
+    from torch import distributed
+
+    if owner is None:
+        distributed.all_reduce(tensor, operation)
+    else:
+        distributed.reduce(tensor, owner, operation)
 
 
 def is_first_process() -> bool:
@@ -104,12 +154,12 @@ def joined_workers(device: torch.device) -> Iterator[Workers]:
     from torch import distributed
 
     if device.type == "cuda":
-        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(own)
-        distributed.init_process_group("nccl", device_id=own)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        distributed.init_process_group("nccl", device_id=device)
     else:
         distributed.init_process_group("gloo")
     try:
-        yield Workers(distributed.get_rank(), count)
+        yield Workers(distributed.get_rank(), count, device)
     finally:
         distributed.destroy_process_group()

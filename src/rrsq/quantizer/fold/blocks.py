@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from ...models import LinearInput, ModelFamily
@@ -62,7 +61,7 @@ def rotate_in_blocks(
         factor = factors.get(entry.norm or "")
         if entry.experts:
             if factor is not None and routed is not None and entry.norm is not None:
-                routed.hidden = [hidden * factor.cpu() for hidden in routed.hidden]
+                routed.scale(factor)
         elif entry.path in statistics.inputs:
             channels, _ = entry.shape(layer)
             inputs[entry.path] = _changed(
@@ -83,8 +82,8 @@ def _energy(
         summary = statistics.inputs.get(entry.path)
         if summary is not None and summary.hessian is not None:
             return summary.hessian.diagonal()
-    if routed is not None and routed.hidden and any(entry.experts for entry in entries):
-        return torch.stack([hidden.square().sum(0) for hidden in routed.hidden]).sum(0)
+    if routed is not None and any(entry.experts for entry in entries):
+        return routed.energy
     return None
 
 

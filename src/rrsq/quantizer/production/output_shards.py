@@ -154,7 +154,7 @@ class OutputShards:
         sync_folder(self.folder)
 
     def write(self, tensors: Mapping[str, Tensor]) -> str:
-        """Put tensors where they belong, and have them on the disk.
+        """Put tensors where they belong; :meth:`sync` has them on the disk.
 
         Returns:
             :meth:`digest` of them.
@@ -162,7 +162,7 @@ class OutputShards:
         Raises:
             ValueError: a tensor is not what was planned.
         """
-        for path in sorted({self.places[name].file for name in tensors}):
+        for path in sorted(self.files(tensors)):
             with path.open("rb+") as file:
                 for name, tensor in tensors.items():
                     place = self.places[name]
@@ -175,9 +175,17 @@ class OutputShards:
                         )
                     file.seek(place.offset)
                     file.write(raw_bytes(tensor))
-                file.flush()
-                os.fsync(file.fileno())
         return _digest((name, raw_bytes(tensor)) for name, tensor in tensors.items())
+
+    def files(self, names: Iterable[str]) -> set[Path]:
+        """The files that some tensors are in."""
+        return {self.places[name].file for name in names}
+
+    def sync(self, files: Iterable[Path]) -> None:
+        """Have what was written to some files on the disk."""
+        for path in files:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
 
     def digest(self, names: Iterable[str]) -> str:
         """SHA-256 (hex) of some tensors as they are on the disk, in the order of their names."""

@@ -331,14 +331,13 @@ class _Production:
                 workers=self.workers,
                 progress=lambda done, total, text: on_step(done, total, total // layers, text),
             )
-            store.finish()
+            progress = store.finish()
         info = checkpoint_info(
             quantized,
             seed=self.seed,
             source_model=self.source.name,
             calibration=None if self.calibration is None else self.calibration.info,
         )
-        progress = Progress.of(self.work)
         progress.result = {"info": info.model_dump(mode="json"), "report": quantized.report.to_dict()}
         progress.put(self.work)
         if self.workers.rank == 0:

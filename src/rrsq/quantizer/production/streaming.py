@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -22,7 +22,10 @@ from ..store import Progressed
 from .output_shards import OutputShards
 from .source import Weights
 
-__all__ = ["Progress", "StreamFiles", "StreamingStore", "offloaded"]
+__all__ = ["MOST_UNRECORDED", "Progress", "StreamFiles", "StreamingStore", "offloaded"]
+
+MOST_UNRECORDED = 4
+"""Finished layers that a stop costs at most."""
 
 
 @dataclass
@@ -62,12 +65,14 @@ class StreamFiles:
         self.work = work
         self.rank = rank
 
-    def write(self, stream: Tensor, finished: int) -> None:
-        """Have the stream behind so many layers on the disk, beside the one before it."""
-        with self._file(finished).open("wb") as file:
-            file.write(raw_bytes(stream))
-            file.flush()
-            os.fsync(file.fileno())
+    def create(self, finished: int) -> BinaryIO:
+        """The file of the stream behind so many layers, beside the last that is whole."""
+        return self._file(finished).open("wb")
+
+    def sync(self, file: BinaryIO) -> None:
+        """Have what was written to such a file on the disk."""
+        file.flush()
+        os.fsync(file.fileno())
 
     def read(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The stream behind the finished layers.
@@ -94,8 +99,28 @@ class StreamFiles:
         return self.work.path / f"stream-{self.rank}-{finished}.bin"
 
 
+@dataclass(frozen=True)
+class _Writing:
+    """A residual stream on its way to the disk.
+
+    Attributes:
+        copied: of each batch; it may be overwritten when the system has taken it.
+        on_disk: the stream and the tensors of all finished modules are.
+        progress: what the manifest says from then on.
+    """
+
+    copied: list[Future[int]]
+    on_disk: Future[None]
+    progress: Progress
+
+
 class StreamingStore:
     """A :class:`~rrsq.quantizer.store.ModelStore` that writes each finished layer to its shard.
+
+    The residual stream is written in the background, while the next layer is at work: that layer waits for it
+    only where it takes the place of batches that have not been read yet. While one stream is not on the disk,
+    no other is written: where the disk takes longer for it than a layer takes, it is not that of every layer,
+    and up to :data:`MOST_UNRECORDED` finished layers are not in the manifest.
 
     Args:
         model: what is quantized; its weights are where ``weights`` puts them.
@@ -129,8 +154,10 @@ class StreamingStore:
             self.progressed = _Progressed(self, progress.layers, progress.digests)
         self._digests = dict(progress.digests)
         self._layers = progress.layers or []
+        self._recorded = len(self._layers)
+        self._changed: set[Path] = set()
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._writing: Future[None] | None = None
+        self._writing: _Writing | None = None
 
     def __enter__(self) -> StreamingStore:
         return self
@@ -154,6 +181,7 @@ class StreamingStore:
             if tensors.keys() != set(names):
                 raise ValueError(f"{path} has {sorted(tensors.keys() ^ set(names))}, other than planned")
             self._digests[path] = self.shards.write(tensors)
+            self._changed |= self.shards.files(names)
         module.to("meta")
 
     def drop(self, path: str) -> None:
@@ -167,49 +195,72 @@ class StreamingStore:
         with storage_errors(self.offload, left="Finished layers are kept"):
             return offloaded(self.offload, shape, dtype)
 
-    def before_advance(self) -> None:
-        """Wait until the stream is on the disk: it was being written while the next layer was at work."""
-        writing, self._writing = self._writing, None
-        if writing is None:
-            return
-        writing.result()
-        if self.workers.count > 1:
-            self.workers.wait()
-            self._save(self._layers, self._digests)
-            self.workers.wait()
-            self.streams.remove_old()
+    def before_overwrite(self, index: int) -> None:
+        """Wait until a batch of the stream that is being written was read."""
+        if self._writing is not None and index < len(self._writing.copied):
+            self._writing.copied[index].result()
 
-    def commit(self, report: LayerReport | None, stream: Tensor | None) -> None:
-        """Have what is finished on the disk, the stream in the background.
+    def commit(self, report: LayerReport | None, stream: Sequence[Tensor]) -> None:
+        """Have what is finished on the disk, in the background, unless the disk is still busy with the last.
 
-        One process writes down a layer as soon as its stream is written; several have to wait for each other,
-        which they do in :meth:`before_advance`.
+        One process records a layer as soon as its stream is on the disk; several have to wait for each other,
+        which they do when the next layer is finished.
         """
-        self.before_advance()
         if report is not None:
             self._layers = [*self._layers, asdict(report)]
-        self._writing = self._pool.submit(self._write, stream, self._layers, dict(self._digests))
+        if not self._is_recorded(wait=len(self._layers) - self._recorded >= MOST_UNRECORDED):
+            return
+        file = self.streams.create(len(self._layers)) if stream else None
+        copied = [] if file is None else [self._pool.submit(file.write, raw_bytes(batch)) for batch in stream]
+        progress = Progress(dict(self._digests), self._layers)
+        changed, self._changed = self._changed, set()
+        on_disk = self._pool.submit(self._have_on_disk, file, copied, changed, progress)
+        self._writing = _Writing(copied, on_disk, progress)
 
-    def finish(self) -> None:
-        """Have the last layer written down, and what stands behind it on the disk."""
-        self.before_advance()
-        self._save(self._layers, self._digests)
+    def finish(self) -> Progress:
+        """Wait for what is on its way to the disk, and return what is finished; the manifest may say less."""
+        self._is_recorded(wait=True)
+        return Progress(dict(self._digests), self._layers)
 
     def bytes_after(self) -> int:
         """Size of all tensors of the output."""
         return self.shards.tensor_bytes
 
-    def _write(self, stream: Tensor | None, layers: list[dict[str, Any]], digests: dict[str, str]) -> None:
-        if stream is not None:
-            self.streams.write(stream, len(layers))
+    def _have_on_disk(
+        self, file: BinaryIO | None, copied: list[Future[int]], changed: set[Path], progress: Progress
+    ) -> None:
+        """In the background, when all batches were written."""
+        if file is not None:
+            with file:
+                for batch in copied:
+                    batch.result()
+                self.streams.sync(file)
+        self.shards.sync(changed)
         if self.workers.count == 1:
-            self._save(layers, digests)
-            self.streams.remove_old()
+            self._record(progress)
 
-    def _save(self, layers: list[dict[str, Any]], digests: dict[str, str]) -> None:
-        Progress(dict(digests), layers).put(self.work)
+    def _is_recorded(self, *, wait: bool) -> bool:
+        """Whether what was on its way to the disk is there, of all processes, and in the manifest."""
+        writing = self._writing
+        if writing is None:
+            return True
+        if not wait and not self.workers.all(writing.on_disk.done()):
+            return False
+        writing.on_disk.result()
+        if self.workers.count > 1:
+            self.workers.wait()
+            self._record(writing.progress)
+        self._recorded = len(writing.progress.layers or ())
+        self._writing = None
+        return True
+
+    def _record(self, progress: Progress) -> None:
+        """Have it in the manifest, and only then remove the stream before."""
+        progress.put(self.work)
         if self.workers.rank == 0:
             self.work.save()
+        self.workers.wait()
+        self.streams.remove_old()
 
 
 class _Progressed:
