@@ -2,18 +2,22 @@
 
 ``import rrsq`` must make ``AutoModelForCausalLM.from_pretrained`` understand a checkpoint, and PEFT put LoRA
 beside its linears, and must not import torch. So each registration waits, as an import hook, until what it
-registers with is imported.
+registers with is imported. The hooks do not derive from importlib.abc, whose import takes as long as all of
+rrsq's.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 __all__ = ["register"]
 
@@ -24,7 +28,7 @@ _REGISTRATIONS = {
 """By the module that is registered with: the one of rrsq that does so when it is imported."""
 
 
-class _LoaderWithRegistration(Loader):
+class _LoaderWithRegistration:
     """Executes the module, then registers rrsq with it."""
 
     def __init__(self, loader: Loader, registration: str) -> None:
@@ -39,7 +43,7 @@ class _LoaderWithRegistration(Loader):
         importlib.import_module(self.registration)
 
 
-class _RegistryFinder(MetaPathFinder):
+class _RegistryFinder:
     """Finds such a module once, as everybody else would, and wraps its loader."""
 
     def __init__(self, name: str, registration: str) -> None:
@@ -54,7 +58,7 @@ class _RegistryFinder(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _LoaderWithRegistration(spec.loader, self.registration)
+            spec.loader = _LoaderWithRegistration(spec.loader, self.registration)  # type: ignore[assignment]
         return spec
 
 
