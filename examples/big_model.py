@@ -26,6 +26,7 @@ from transformers import LlamaConfig
 from rrsq.models.llama import LLAMA
 from rrsq.quantizer.calibration.windows import data_fingerprint
 from rrsq.quantizer.calibration.workers import joined_workers
+from rrsq.quantizer.options import QuantizationOptions
 from rrsq.quantizer.production.produce import Calibration, OutputOptions, SourceModel, produce_checkpoint
 from rrsq.quantizer.production.source import empty_model
 from rrsq.quantizer.projection import projected_memory
@@ -133,8 +134,7 @@ def quantize(source: Path, out: Path, options: argparse.Namespace) -> None:
             recipe,
             OutputOptions(out, offload=options.offload_dir),
             Calibration(windows, info),
-            device=device,
-            workers=workers,
+            QuantizationOptions(device=device, workers=workers),
             on_step=clock.step,
             on_note=print,
         )

@@ -27,6 +27,7 @@ def produce(model: Path, out: Path, *, recipe: str = "rrs-w4a4kv4", windows: int
 
 def _produce(model: Path, out: Path, recipe: str, windows: int, workers: Any, options: dict[str, Any]) -> Any:
     from rrsq.quantizer.calibration.windows import data_fingerprint
+    from rrsq.quantizer.options import QuantizationOptions
     from rrsq.quantizer.production.produce import Calibration, OutputOptions, SourceModel, produce_checkpoint
     from rrsq.recipe import load_recipe
     from rrsq.runtime.format.format import CalibrationInfo
@@ -44,8 +45,7 @@ def _produce(model: Path, out: Path, recipe: str, windows: int, workers: Any, op
         load_recipe(recipe, ()),
         OutputOptions(out, max_shard_size="60KB", **options),
         Calibration(tokens, info),
-        seed=seed,
-        workers=workers,
+        QuantizationOptions(seed, workers=workers),
     )
 
 

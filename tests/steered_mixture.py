@@ -71,6 +71,7 @@ def _quantize(name: str, recipe: str, windows: list[list[int]], folder: Path, fa
 
     from rrsq.quantizer import weights
     from rrsq.quantizer.calibration.workers import joined_workers
+    from rrsq.quantizer.options import QuantizationOptions
     from rrsq.quantizer.pipeline import quantize_model
 
     torch.set_num_threads(1)
@@ -87,9 +88,11 @@ def _quantize(name: str, recipe: str, windows: list[list[int]], folder: Path, fa
             steered_mixture(name),
             recipe_of(recipe),
             torch.tensor(windows),
-            hessian_bytes=3 * 4 * (60**2 + 44**2),  # The experts in more batches than one.
-            stream_dtype=torch.float32,
-            workers=workers,
+            QuantizationOptions(
+                hessian_bytes=3 * 4 * (60**2 + 44**2),  # The experts in more batches than one.
+                stream_dtype=torch.float32,
+                workers=workers,
+            ),
         )
         layers = [vars(layer) for layer in quantized.report.layers]
         torch.save({"model": quantized.model.state_dict(), "layers": layers}, folder / f"{workers.rank}.pt")

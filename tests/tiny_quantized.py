@@ -49,11 +49,12 @@ def quantize_tiny(
     **options: Any,
 ) -> QuantizedModel:
     """Quantize a tiny model on a few windows of random tokens."""
+    from rrsq.quantizer.options import QuantizationOptions
     from rrsq.quantizer.pipeline import needs_calibration, quantize_model
 
     if windows is None and needs_calibration(recipe):
         windows = random_tokens(WINDOWS, WINDOW_LENGTH, seed=1)
-    return quantize_model(load_tiny(folder, dtype), recipe, windows, seed=seed, **options)
+    return quantize_model(load_tiny(folder, dtype), recipe, windows, QuantizationOptions(seed, **options))
 
 
 def save_tiny(quantized: QuantizedModel, source: Path, out: Path, max_shard_size: str = "5GB") -> Path:

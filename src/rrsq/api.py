@@ -102,6 +102,7 @@ def quantize(
     from .quantizer.budget.plan import Budget
     from .quantizer.calibration.workers import joined_workers
     from .quantizer.needs import needs_calibration
+    from .quantizer.options import QuantizationOptions
     from .quantizer.production.output_shards import parse_size
     from .quantizer.production.produce import (
         CalibrationText,
@@ -174,9 +175,7 @@ def quantize(
             chosen,
             to,
             learned,
-            seed=seed,
-            device=where,
-            workers=workers,
+            QuantizationOptions(seed=seed, device=where, workers=workers),
             on_step=on_step,
             on_note=noted,
         ).report

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from rrsq.quantizer.options import QuantizationOptions
 from rrsq.quantizer.pipeline import quantize_model
 from rrsq.runtime.kv_cache.layers import QuantizedCacheLayer, QuantizedSlidingLayer
 from tiny_families import LONG, TINY, WINDOW, tiny_model
 from tiny_quantized import logits_of, random_tokens, recipe_of
 
 LENGTH = 3 * WINDOW
+EXACT = QuantizationOptions(stream_dtype=torch.float32)
 SLIDING = {
     "mistral": [0, 1],
     "mixtral": [0, 1],
@@ -35,7 +37,7 @@ def only_cache_quantized(name: str) -> Any:
     windows = random_tokens(3, LENGTH, seed=1)
     # A scale's sign can hang on two entries of about one magnitude, and then a rounding moves a whole group.
     recipe = recipe_of("w16a16kv4", ["kv_cache.keys.signed=false", "kv_cache.values.signed=false"])
-    return quantize_model(tiny_model(name), recipe, windows, stream_dtype=torch.float32).model
+    return quantize_model(tiny_model(name), recipe, windows, EXACT).model
 
 
 def step_by_step(model: Any, tokens: Tensor, cache: DynamicCache, prompt: int) -> Tensor:
@@ -115,9 +117,7 @@ def keys_before_rope(name: str, model: Any, tokens: Tensor, monkeypatch: pytest.
 @pytest.mark.parametrize("name", TINY)
 def test_key_offsets_are_means_of_what_enters_rope(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = random_tokens(3, LENGTH, seed=1)
-    model = quantize_model(
-        tiny_model(name), recipe_of("w16a16kv4"), windows, stream_dtype=torch.float32
-    ).model
+    model = quantize_model(tiny_model(name), recipe_of("w16a16kv4"), windows, EXACT).model
     attention = [module for module in model.modules() if hasattr(module, "kv_quantizer")]
     offset = attention[0].kv_quantizer.keys.offset
     expected = keys_before_rope(name, tiny_model(name), windows, monkeypatch)[0].double().mean((0, 2))
@@ -130,9 +130,7 @@ def test_key_offsets_are_means_of_what_enters_rope(name: str, monkeypatch: pytes
 def test_a_layer_without_rope_has_the_means_of_its_keys(name: str, norm: str | None) -> None:
     """Its cache knows no angles, and its neighbours' do."""
     windows = random_tokens(3, LENGTH, seed=1)
-    quantized = quantize_model(
-        tiny_model(name), recipe_of("w16a16kv4"), windows, stream_dtype=torch.float32
-    ).model
+    quantized = quantize_model(tiny_model(name), recipe_of("w16a16kv4"), windows, EXACT).model
     attention = [layer.self_attn for layer in quantized.model.layers]
     assert [layer.kv_quantizer.rotary is None for layer in attention] == [False, True, False]
     seen: list[Tensor] = []

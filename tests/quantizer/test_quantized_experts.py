@@ -16,6 +16,7 @@ from rrsq.quantizer import weights as weights_module
 from rrsq.quantizer.calibration.experts import expert_statistics
 from rrsq.quantizer.calibration.statistics import InputStatistics
 from rrsq.quantizer.experts import batches_of_experts
+from rrsq.quantizer.options import QuantizationOptions
 from rrsq.quantizer.pipeline import quantize_model
 from rrsq.quantizer.production.writer import checkpoint_info, model_card
 from rrsq.quantizer.weights import quantize_weight
@@ -36,7 +37,7 @@ def quantize(
     name: str, overrides: tuple[str, ...] = (), recipe_name: str = "rrs-w4a4kv4", **options: Any
 ) -> Any:
     recipe = recipe_of(recipe_name, overrides)
-    return quantize_model(tiny_model(name), recipe, WINDOWS, **options)
+    return quantize_model(tiny_model(name), recipe, WINDOWS, QuantizationOptions(**options))
 
 
 def test_each_expert_is_what_gptq_makes_of_it_with_its_own_hessian(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 from rrsq.quantizer import pipeline
 from rrsq.quantizer.calibration.experts import RoutedTokens
 from rrsq.quantizer.experts import quantize_experts
+from rrsq.quantizer.options import QuantizationOptions
 from rrsq.quantizer.pipeline import quantize_model
 from steered_mixture import NOBODYS, UPPER_HALFS, quantized_by, steered_mixture, steering_windows
 from tiny_quantized import recipe_of
@@ -30,7 +31,9 @@ def of_one_process(name: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> t
 
     monkeypatch.setattr(pipeline, "quantize_experts", recording)
     windows = steering_windows(SAMPLES, TOKENS)
-    quantized = quantize_model(steered_mixture(name), recipe_of(recipe), windows, stream_dtype=torch.float32)
+    quantized = quantize_model(
+        steered_mixture(name), recipe_of(recipe), windows, QuantizationOptions(stream_dtype=torch.float32)
+    )
     return quantized, seen[0]
 
 

@@ -28,6 +28,7 @@ from rrsq.evaluation.scores import EvaluationReport, ModelReport, library_versio
 from rrsq.evaluation.tasks import Task, TaskOptions
 from rrsq.quantizer.checks import check_rope
 from rrsq.quantizer.needs import needs_calibration
+from rrsq.quantizer.options import QuantizationOptions
 from rrsq.quantizer.production.produce import (
     Calibration,
     OutputOptions,
@@ -245,8 +246,7 @@ class _Run:
             recipe,
             OutputOptions(target.checkpoint, overwrite=True),
             calibration if needs_calibration(recipe) else None,
-            seed=self.plan.seed,
-            device=self.plan.device,
+            QuantizationOptions(seed=self.plan.seed, device=self.plan.device),
             on_step=lambda *call: self.listener.quantizing(name, *call),
         )
         report = {**produced.report.to_dict(), "fallbacks": produced.report.fallbacks}

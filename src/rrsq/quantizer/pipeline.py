@@ -35,17 +35,17 @@ from ..runtime.scheme import (
 from .cache import SENSITIVE_KEY_BITS, quantize_cache, sensitive_layers
 from .calibration.stored import StoredCalibration
 from .calibration.stream import HiddenStates
-from .calibration.workers import ALONE, Workers
 from .checks import check_result, check_rope, check_stored
 from .dense import quantize_input
 from .embedding import quantize_embedding
-from .experts import HESSIAN_BYTES, quantize_experts
+from .experts import quantize_experts
 from .fold.blocks import rotate_in_blocks
 from .fold.rotations import fold_embedding, fold_head, fold_layer, untie_head
 from .head import quantize_head
 from .memory import PeakMemory
 from .needs import needs_calibration, needs_head_hessian
 from .observe import Activations, Nothing, RunningText, Step, StoredStatistics
+from .options import DEFAULTS, QuantizationOptions
 from .outcome import LayerReport, QuantizationReport
 from .store import InMemoryStore, ModelStore
 
@@ -69,13 +69,9 @@ def quantize_model(
     model: nn.Module,
     recipe: Recipe,
     calibration: Tensor | StoredCalibration | None,
+    options: QuantizationOptions = DEFAULTS,
     *,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    hessian_bytes: int = HESSIAN_BYTES,
-    stream_dtype: torch.dtype = torch.bfloat16,
     store: ModelStore | None = None,
-    workers: Workers = ALONE,
     progress: Progress = lambda done, total, text: None,
 ) -> QuantizedModel:
     """Quantize a causal language model of transformers in place.
@@ -86,13 +82,8 @@ def quantize_model(
         calibration: windows of text, int64 ``[samples, tokens]``; or statistics of this model in full
             precision, to use in place of running text, of which that they are its own is not checked here
             (:meth:`StoredCalibration.check_model`); None if :func:`needs_calibration` says so.
-        seed: of the rotations' random signs.
-        device: where layers are computed.
-        hessian_bytes: of experts, only so many are quantized at once as have Hessians of so many bytes.
-        stream_dtype: in which the residual stream of the calibration text is kept between layers.
+        options: how it is carried out.
         store: where the weights are, if not in ``model``.
-        workers: processes that share the calibration text, each is given all of it and runs its part, and
-            the rounding of experts.
         progress: called with steps done, steps in all, and what is being done.
 
     Returns:
@@ -112,21 +103,21 @@ def quantize_model(
     check_rope(model.config, recipe)
     check_recipe(recipe, family, model)
     if isinstance(calibration, StoredCalibration):
-        check_stored(calibration, recipe, seed)
+        check_stored(calibration, recipe, options.seed)
     elif calibration is not None:
         check_token_ids(model, calibration)
     elif needs_calibration(recipe):
         raise ValueError(f"recipe '{recipe.name}' needs calibration windows")
     started = time.perf_counter()
     store = store or InMemoryStore(model)
-    plan = _Plan.of(model.eval().requires_grad_(False), recipe, family, seed, torch.device(device))
+    plan = _Plan.of(model.eval().requires_grad_(False), recipe, family, options)
     report = QuantizationReport(bytes_before=store.bytes_before)
     with PeakMemory(plan.device) as memory:
         store.check()
         if not keeps_tie(recipe, family, folds_residual=plan.rotations.residual is not None):
             untie_head(model, family)
         _begin(plan, store, report)
-        activations = _activations(plan, calibration, store, workers, stream_dtype)
+        activations = _activations(plan, calibration, store)
         _leave_embedding(plan, store, activations)
         steps = _Steps([_steps_of(plan, layer, activations) for layer in plan.layers], progress)
         steps.skip(len(report.layers))
@@ -134,7 +125,7 @@ def quantize_model(
             name = family.layer_name(index)
             store.open(name)
             step = steps.of_layer(index)
-            done = _quantize_layer(plan, index, activations, workers, hessian_bytes, step)
+            done = _quantize_layer(plan, index, activations, step)
             report.layers.append(done)
             store.close(name)
             store.commit(done, _stream(activations))
@@ -149,7 +140,7 @@ def quantize_model(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be done to which model, known before anything is."""
+    """What is to be done to which model and how, known before anything is."""
 
     model: nn.Module
     layers: Any
@@ -158,15 +149,15 @@ class _Plan:
     sizes: ModelSizes
     rotations: Rotations
     device: torch.device
+    options: QuantizationOptions
 
     @classmethod
-    def of(
-        cls, model: nn.Module, recipe: Recipe, family: ModelFamily, seed: int, device: torch.device
-    ) -> _Plan:
+    def of(cls, model: nn.Module, recipe: Recipe, family: ModelFamily, options: QuantizationOptions) -> _Plan:
         sizes = family.sizes(model.config)
-        rotations = make_rotations(recipe.rotation, sizes, seed, folds_residual=family.folds_residual)
+        rotations = make_rotations(recipe.rotation, sizes, options.seed, folds_residual=family.folds_residual)
         layers = model.get_submodule(family.layers)
-        return cls(model, layers, recipe, family, sizes, rotations, device)
+        device = torch.device(options.device)
+        return cls(model, layers, recipe, family, sizes, rotations, device, options)
 
     @property
     def embeddings(self) -> list[str]:
@@ -217,23 +208,20 @@ def _begin(plan: _Plan, store: ModelStore, report: QuantizationReport) -> None:
 
 
 def _activations(
-    plan: _Plan,
-    calibration: Tensor | StoredCalibration | None,
-    store: ModelStore,
-    workers: Workers,
-    stream_dtype: torch.dtype,
+    plan: _Plan, calibration: Tensor | StoredCalibration | None, store: ModelStore
 ) -> Activations:
     """Where this run learns of activations; text is embedded here, or taken up behind the finished layers."""
     if isinstance(calibration, StoredCalibration):
         return StoredStatistics(calibration, plan.recipe, plan.family, plan.rotations, plan.device)
     if calibration is None:
         return Nothing()
+    workers = plan.options.workers
     hidden = HiddenStates(
         plan.model,
         plan.family,
         workers.part(calibration),
         plan.device,
-        dtype=stream_dtype,
+        dtype=plan.options.stream_dtype,
         allocate=store.allocate,
         stream=None if store.progressed is None else store.progressed.stream,
     )
@@ -257,9 +245,7 @@ def _stream(activations: Activations) -> tuple[Tensor, ...]:
     return () if activations.hidden is None else activations.hidden.batches
 
 
-def _quantize_layer(
-    plan: _Plan, index: int, activations: Activations, workers: Workers, hessian_bytes: int, step: Step
-) -> LayerReport:
+def _quantize_layer(plan: _Plan, index: int, activations: Activations, step: Step) -> LayerReport:
     """Rotate, observe and quantize one decoder layer, and run the text through it."""
     started = time.perf_counter()
     report = LayerReport(index)
@@ -296,7 +282,13 @@ def _quantize_layer(
     mixture = {entry: treatment(recipe, name, entry) for entry in inputs if entry.experts}
     if mixture:
         experts = quantize_experts(
-            layer, mixture, plan.rotations, known.routed, device, hessian_bytes, workers
+            layer,
+            mixture,
+            plan.rotations,
+            known.routed,
+            device,
+            plan.options.hessian_bytes,
+            plan.options.workers,
         )
         report.undersampled_experts = experts.undersampled
         report.fallbacks += experts.fallbacks
@@ -304,7 +296,7 @@ def _quantize_layer(
             warnings.warn(message, stacklevel=3)
     for _ in mixture:
         step("weights")
-    workers.share(layer)
+    plan.options.workers.share(layer)
     report.output_snr_db = activations.advance(index, layer, known.reference, step)
     _restore_dtypes(layer, dtypes)
     check_result(layer, name)

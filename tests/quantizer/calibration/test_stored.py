@@ -18,6 +18,7 @@ from rrsq.quantizer.calibration.stored import StoredCalibration, layer_file
 from rrsq.quantizer.calibration.stream import HiddenStates, collect_inputs
 from rrsq.quantizer.fold.rotations import fold_embedding, fold_head, fold_layer, untie_head
 from rrsq.quantizer.observe import stored_statistics
+from rrsq.quantizer.options import QuantizationOptions
 from rrsq.quantizer.pipeline import quantize_model
 from rrsq.quantizer.weights import quantize_weight
 from rrsq.runtime.rotation.rotations import make_rotations
@@ -138,7 +139,12 @@ def copied(stored: StoredCalibration, tmp_path: Path) -> Path:
 
 def refused(source: Path, folder: Path, recipe: str, overrides: tuple[str, ...] = (), seed: int = 0) -> str:
     with pytest.raises(CalibrationError) as caught:
-        quantize_model(load_tiny(source), recipe_of(recipe, overrides), StoredCalibration(folder), seed=seed)
+        quantize_model(
+            load_tiny(source),
+            recipe_of(recipe, overrides),
+            StoredCalibration(folder),
+            QuantizationOptions(seed),
+        )
     return str(caught.value)
 
 

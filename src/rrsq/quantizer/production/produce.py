@@ -22,8 +22,9 @@ from ...work_folder import WorkFolder, was_published
 from ..calibration.stored import StoredCalibration
 from ..calibration.text import load_documents
 from ..calibration.windows import BosChoice, calibration_windows, data_fingerprint, start_token
-from ..calibration.workers import ALONE, Workers
+from ..calibration.workers import Workers
 from ..checks import check_stored
+from ..options import DEFAULTS, QuantizationOptions
 from ..outcome import QuantizationReport
 from ..pipeline import quantize_model
 from ..projection import projected_memory
@@ -225,10 +226,8 @@ def produce_checkpoint(
     recipe: Recipe,
     output: OutputOptions,
     calibration: Calibration | None,
+    options: QuantizationOptions = DEFAULTS,
     *,
-    seed: int = 0,
-    device: str = "cpu",
-    workers: Workers = ALONE,
     on_step: StepCallback = lambda done, total, per_layer, text: None,
     on_note: NoteCallback = lambda text: None,
 ) -> Produced:
@@ -242,9 +241,7 @@ def produce_checkpoint(
         recipe: what to do.
         output: where to write.
         calibration: the windows or what was stored of them; None if the recipe needs none.
-        seed: of the rotations' random signs.
-        device: where layers are computed.
-        workers: processes that share the calibration text; rank 0 writes.
+        options: how it is carried out; of several workers rank 0 writes.
         on_step: told of progress.
         on_note: told what a user may want to know.
 
@@ -253,7 +250,7 @@ def produce_checkpoint(
     """
     if output.restart or not was_published(output.folder):
         check_output(output.folder, overwrite=output.overwrite)
-    max_shard_size = parse_size(output.max_shard_size)
+    max_shard_size, workers = parse_size(output.max_shard_size), options.workers
     on_step(0, 0, 0, "reading the model")
     opened = open_model(source.path, source.data_root, on_note)
     stored = None if calibration is None else calibration.stored
@@ -263,15 +260,15 @@ def produce_checkpoint(
         "the recipe": recipe.model_dump(mode="json"),
         "the model": asdict(opened.fingerprint),
         "the calibration text": None if calibration is None else calibration.info.model_dump(mode="json"),
-        "the seed": seed,
+        "the seed": options.seed,
         "--max-shard-size": max_shard_size,
-        "the kind of device": device,
+        "the kind of device": options.device,
         "the number of processes": workers.count,
         "the versions of the libraries": library_versions(),
     }
     with _work_folder(output, identity, workers) as work:
         if not work.manifest.whole:
-            run = _Production(source, opened, recipe, output, calibration, seed, device, workers, work)
+            run = _Production(source, opened, recipe, output, calibration, options, work)
             run.execute(max_shard_size, on_step, on_note)
         workers.wait()
         made = Progress.of(work).result or {}
@@ -302,45 +299,41 @@ class _Production:
     recipe: Recipe
     output: OutputOptions
     calibration: Calibration | None
-    seed: int
-    device: str
-    workers: Workers
+    options: QuantizationOptions
     work: WorkFolder
 
     def execute(self, max_shard_size: int, on_step: StepCallback, on_note: NoteCallback) -> None:
         """Quantize and fill the staging folder; the manifest's result says that it is done."""
-        model = self.opened.model
+        model, workers = self.opened.model, self.options.workers
         check_recipe(self.recipe, family_for(model.config), model)
         planned = planned_tensors(model.config, self.opened.dtype, self.recipe)
         shards = OutputShards(self.work.staging, planned, max_shard_size)
-        if self.workers.rank == 0:
+        if workers.rank == 0:
             self._prepare(shards, on_note)
-        self.workers.wait()
+        workers.wait()
         on_step(0, 0, 0, "quantizing")
         layers = model.config.get_text_config().num_hidden_layers
         with StreamingStore(
-            model, self.opened.weights, shards, self.work, self.workers, self.output.offload
+            model, self.opened.weights, shards, self.work, workers, self.output.offload
         ) as store:
             quantized = quantize_model(
                 model,
                 self.recipe,
                 None if self.calibration is None else self.calibration.learned_from,
-                seed=self.seed,
-                device=self.device,
+                self.options,
                 store=store,
-                workers=self.workers,
                 progress=lambda done, total, text: on_step(done, total, total // layers, text),
             )
             progress = store.finish()
         info = checkpoint_info(
             quantized,
-            seed=self.seed,
+            seed=self.options.seed,
             source_model=self.source.name,
             calibration=None if self.calibration is None else self.calibration.info,
         )
         progress.result = {"info": info.model_dump(mode="json"), "report": quantized.report.to_dict()}
         progress.put(self.work)
-        if self.workers.rank == 0:
+        if workers.rank == 0:
             write_beside(quantized, self.source.tokenizer, info, shards)
             if self.opened.folder is not None:
                 copy_processor(self.opened.folder, self.work.staging)
@@ -355,7 +348,7 @@ class _Production:
         peak = projected_memory(
             self.opened.model, self.recipe, samples, tokens, offloaded=self.output.offload is not None
         )
-        on_note(peak.describe(self.device))
+        on_note(peak.describe(self.options.device))
         if Progress.of(self.work).layers is not None:
             layers = config.get_text_config().num_hidden_layers
             on_note(f"Going on from layer {self.work.manifest.finished + 1} of {layers}.")
