@@ -145,6 +145,7 @@ def wrong_combinations() -> Iterator[tuple[str, ...]]:
         (*COMMANDS["quantize"], "--offload-dir", "TEXT/x"),
         (*COMMANDS["quantize"], "--calibration", "EMPTY"),
         (*COMMANDS["quantize"], "--bos", "sometimes"),
+        (*COMMANDS["quantize"], "--calibration-data", " "),
         (*COMMANDS["compare"], "--recipes", ","),
         (*COMMANDS["compare"], "--recipes", "none-such"),
         (*COMMANDS["push"], "org/name"),

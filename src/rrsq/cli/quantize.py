@@ -226,8 +226,8 @@ def quantize(
     if private and push_to_hub is None:
         raise UsageError("--private is of --push-to-hub, which is not given.")
     budget = Budget(
-        check_target("--target-bits", target_bits),
-        check_target("--target-activation-bits", target_activation_bits),
+        check_target("target_bits", target_bits),
+        check_target("target_activation_bits", target_activation_bits),
     )
     if dry_run:
         check_output(output, overwrite=overwrite)

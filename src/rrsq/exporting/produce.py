@@ -150,7 +150,9 @@ def export_checkpoint(
             scale_error=scale_error,
             dropped_cache=plan.drops_cache,
         )
-        export.write_beside(shards, quantization_config(plan.schemes, plan.kept, source.family.layers), report)
+        export.write_beside(
+            shards, quantization_config(plan.schemes, plan.kept, source.family.layers), report
+        )
         flush(work.staging)
         work.finish()
         work.publish(overwrite=overwrite)
