@@ -100,7 +100,7 @@ TESTS: dict[str, list[str]] = {
     f"{_R}/modules/linear.py": ["tests/runtime/modules"],
     f"{_R}/modules/norms.py": ["tests/models/test_family_rotation.py"],
     f"{_R}/modules/rotation.py": [*_MODULES, "tests/kernels/test_rotation.py"],
-    f"{_R}/norms.py": ["tests/runtime/test_norms.py"],
+    f"{_R}/norms.py": ["tests/runtime/test_norms.py", "tests/runtime/test_fusion.py"],
     f"{_R}/kv_cache/attention.py": _CACHE,
     f"{_R}/kv_cache/gradient.py": _CACHE,
     f"{_R}/kv_cache/layers.py": _CACHE,
