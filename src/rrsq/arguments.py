@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import ArgumentError
 
 __all__ = [
     "DTYPES",
@@ -27,13 +27,13 @@ _LONGEST = 255  # Of a file's or folder's name, on all systems in use.
 
 
 def check_integer(name: str, value: Any, least: int, most: int = MOST) -> None:
-    """Raises :class:`UsageError` for what is no integer between the two."""
+    """Raises :class:`ArgumentError` for what is no integer between the two."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise UsageError(f"{name} is {_shown(value)}, and must be an integer.")
+        raise ArgumentError(name, f"is {_shown(value)}, and must be an integer.")
     if value < least:
-        raise UsageError(f"{name} is {value}, and must be at least {least}.")
+        raise ArgumentError(name, f"is {value}, and must be at least {least}.")
     if value > most:
-        raise UsageError(f"{name} is more than {most}.")
+        raise ArgumentError(name, f"is more than {most}.")
 
 
 def integers(name: str, value: Any, least: int, most: int = MOST) -> tuple[int, ...]:
@@ -41,45 +41,45 @@ def integers(name: str, value: Any, least: int, most: int = MOST) -> tuple[int, 
     several = value if isinstance(value, Iterable) and not isinstance(value, str | bytes) else (value,)
     several = tuple(several)
     if not several:
-        raise UsageError(f"{name} is empty, and must have one number at least.")
+        raise ArgumentError(name, "is empty, and must have one number at least.")
     for number in several:
         check_integer(name, number, least, most)
     return several
 
 
 def check_target(name: str, value: Any) -> float | None:
-    """A number of bits, or None. Raises :class:`UsageError` for what is no number above zero."""
+    """A number of bits, or None. Raises :class:`ArgumentError` for what is no number above zero."""
     if value is None:
         return None
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise UsageError(f"{name} is {_shown(value)}, and must be a number of bits above zero.")
+        raise ArgumentError(name, f"is {_shown(value)}, and must be a number of bits above zero.")
     return float(value)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises :class:`UsageError` for what is none of the choices."""
+    """Raises :class:`ArgumentError` for what is none of the choices."""
     if not isinstance(value, str) or value not in choices:
-        raise UsageError(f"{name} is {_shown(value)}, and must be one of {', '.join(choices)}.")
+        raise ArgumentError(name, f"is {_shown(value)}, and must be one of {', '.join(choices)}.")
 
 
 def check_path(name: str, value: Any) -> None:
-    """Raises :class:`UsageError` for what names neither a file nor anything on the Hub."""
+    """Raises :class:`ArgumentError` for what names neither a file nor anything on the Hub."""
     if not isinstance(value, str | Path):
-        raise UsageError(f"{name} is {_shown(value)}, and must be a path or a name.")
+        raise ArgumentError(name, f"is {_shown(value)}, and must be a path or a name.")
     if not str(value).strip() or "\0" in str(value):
-        raise UsageError(f"{name} is {_shown(str(value))}, which names nothing.")
+        raise ArgumentError(name, f"is {_shown(str(value))}, which names nothing.")
     if any(len(part.encode()) > _LONGEST for part in Path(value).parts):
-        raise UsageError(f"{name} is {value!s:.60}..., and a name may have {_LONGEST} bytes at most.")
+        raise ArgumentError(name, f"is {value!s:.60}..., and a name may have {_LONGEST} bytes at most.")
 
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
-    """Several texts; one alone is as good as a list of one. Raises :class:`UsageError` for anything else."""
+    """Several texts; one alone is a list of one. Raises :class:`ArgumentError` for anything else."""
     several = (value,) if isinstance(value, str) else value
     if isinstance(several, Iterable):
         several = tuple(several)
         if all(isinstance(text, str) for text in several):
             return several
-    raise UsageError(f"{name} is {_shown(value)}, and must be texts.")
+    raise ArgumentError(name, f"is {_shown(value)}, and must be texts.")
 
 
 def _shown(value: Any) -> str:

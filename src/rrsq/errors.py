@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "ArgumentError",
     "CalibrationError",
     "CheckpointError",
     "DataError",
@@ -42,6 +43,22 @@ class UsageError(RRSQError):
     """The request itself is wrong (an option, a name, a path). Exit code 2."""
 
     exit_code = 2
+
+
+class ArgumentError(UsageError):
+    """An argument is not what it must be.
+
+    Attributes:
+        argument: its name in Python; the command line has another, and says that.
+        problem: what is wrong with it, as the words behind its name.
+    """
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(argument, problem)
+        self.argument, self.problem = argument, problem
+
+    def __str__(self) -> str:
+        return f"{self.argument} {self.problem}"
 
 
 class RecipeError(UsageError):

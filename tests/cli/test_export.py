@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cli_failures import failure
@@ -149,6 +150,43 @@ def test_what_others_would_get_wrong_is_refused(case: str, tiny_qwen2_dir: Path,
     message = failure(rrsq("export", made, "-o", tmp_path / "plain"), 2)
     assert words in message
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("case", ["blocks", "full rotations", "a quantized cache", "an 8-bit embedding"])
+def test_what_config_json_tells_is_refused_before_any_shard_is_opened(
+    case: str, tiny_qwen2_dir: Path, tmp_path: Path
+) -> None:
+    recipe, overrides, words = REFUSED[case]
+    made = save_tiny(
+        quantize_tiny(tiny_qwen2_dir, recipe_of(recipe, overrides)), tiny_qwen2_dir, tmp_path / "out"
+    )
+    (made / "model.safetensors").unlink()
+    assert words in failure(rrsq("export", made, "-o", tmp_path / "plain"), 2)
+
+
+@pytest.mark.parametrize("case", ["4-bit activations", "small groups", "one linear of three", "nothing"])
+def test_what_a_linear_tells_is_refused_before_any_tensor_is_read(
+    case: str, tiny_qwen2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, overrides, words = REFUSED[case]
+    made = save_tiny(
+        quantize_tiny(tiny_qwen2_dir, recipe_of(recipe, overrides)), tiny_qwen2_dir, tmp_path / "out"
+    )
+    read: list[Path] = []
+    monkeypatch.setattr(produce.TensorPlace, "read", lambda place: read.append(place.file))
+    assert words in failure(rrsq("export", made, "-o", tmp_path / "plain"), 2)
+    assert not read
+
+
+def test_a_scale_that_float16_cannot_hold_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    shutil.copytree(checkpoint, large)
+    tensors = load_file(large / "model.safetensors")
+    last = "model.layers.1.mlp.down_proj.weight_scale"
+    save_file(tensors | {last: tensors[last] * 1e8}, large / "model.safetensors", {"format": "pt"})
+    refused = rrsq("export", large, "-o", tmp_path / "plain", "--dtype", "float16")
+    assert "float16 cannot hold the scales of 'model.layers.1.mlp.down_proj'" in failure(refused, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]
 
 
 # A family, with overrides of the recipe, and words of the message.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ OPTIONS = {
     "serve": ("-t",),
     "eval-transformers": ("--limit", "--sequence-length", "--batch-size"),
     "generate-transformers": ("--max-new-tokens",),
-    "quantize": ("--num-samples", "--sequence-length"),
+    "quantize": ("--num-samples", "--sequence-length", "--target-bits", "--target-activation-bits"),
     "calibrate": ("--num-samples", "--sequence-length"),
     "compare": ("--limit", "--sequence-length", "--num-samples", "--calibration-length"),
 }
@@ -144,6 +145,7 @@ def wrong_combinations() -> Iterator[tuple[str, ...]]:
         (*COMMANDS["quantize"], "--offload-dir", "TEXT/x"),
         (*COMMANDS["quantize"], "--calibration", "EMPTY"),
         (*COMMANDS["quantize"], "--bos", "sometimes"),
+        (*COMMANDS["quantize"], "--calibration-data", " "),
         (*COMMANDS["compare"], "--recipes", ","),
         (*COMMANDS["compare"], "--recipes", "none-such"),
         (*COMMANDS["push"], "org/name"),
@@ -264,6 +266,11 @@ def _group() -> Any:
     return get_command(app)
 
 
+def _python_names(command: str) -> list[str]:
+    """Of a command's options, where they are not those of the command line."""
+    return [parameter.name for parameter in _group().commands[command].params if "_" in parameter.name]
+
+
 @pytest.mark.parametrize("words", WRONG, ids=lambda words: ascii(" ".join(words))[:90])
 def test_a_wrong_request(
     words: tuple[str, ...],
@@ -277,6 +284,8 @@ def test_a_wrong_request(
     result = run(words, places)
     assert time.perf_counter() - begin < SECONDS
     check(result)
+    for name in _python_names(words[0]):
+        assert not re.search(rf"\b{name}\b", result.stderr), f"{name} is no word of the command line"
     assert not started
     assert not list(tmp_path.iterdir())
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from rrsq import kernels
 from rrsq.kernels import linear_w8a16 as operation
-from rrsq.kernels.float_gemm import prepared_float_gemm
+from rrsq.kernels.float_gemm import float_gemm_plan, prepared_float_gemm
 from rrsq.kernels.plans import FusedPlan
 from rrsq.runtime.modules.int8_linear import Int8Linear
 
 from .problems import assert_rounded_once, needs_triton, relative_error
 
+# The package's attribute of this name is the operation.
+module = sys.modules["rrsq.kernels.linear_w8a16"]
 every_backend = pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=needs_triton)])
 every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 
@@ -53,6 +57,42 @@ def test_what_the_codes_do_not_serve(tokens, in_features, backend, device):
     *arguments, expected = make(tokens, 20, in_features, True, torch.bfloat16, device)
     with kernels.use_kernels(backend):
         assert relative_error(operation(*arguments), expected) < 1e-2
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("tokens", "in_features", "dtype", "served"),
+    [
+        (64, 48, torch.bfloat16, True),
+        (65, 48, torch.bfloat16, False),
+        (3, 40, torch.bfloat16, False),
+        (3, 48, torch.float32, False),
+    ],
+)
+def test_what_the_codes_serve(tokens, in_features, dtype, served, device, monkeypatch):
+    """The kernel is told of rows that are multiples of 16 bytes, which the interpreter does not ask for."""
+    taken = []
+
+    def prepared(*arguments):
+        taken.append(arguments)
+        return prepared_float_gemm(*arguments)
+
+    monkeypatch.setattr(module, "prepared_float_gemm", prepared)
+    *arguments, expected = make(tokens, 20, in_features, True, dtype, device)
+    with kernels.use_kernels("triton"):
+        assert relative_error(operation(*arguments), expected) < 1e-2
+    assert bool(taken) == served
+
+
+def test_the_channels_are_split_where_the_output_has_few_tiles():
+    """512 programs at least, or as many as leave 512 bytes of a row to each."""
+    for tokens, out_features, row_bytes in ((1, 4096, 4096), (20, 11008, 2048), (64, 256, 4096)):
+        plan = float_gemm_plan(tokens, out_features, row_bytes)
+        programs = -(-out_features // plan.block_out) * plan.split
+        assert programs >= 512 or row_bytes // plan.split < 1024
+        assert row_bytes // plan.split >= 256
+        assert plan.split == 1 or programs // 2 < 512
+    assert float_gemm_plan(1, 128256, 4096, bits=8).split == 1
 
 
 @every_backend

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rrsq import kernels
+from rrsq.errors import KernelUnavailableError
 
 from .problems import both, needs_triton
 
@@ -49,6 +50,36 @@ def test_rows_that_are_not_contiguous(device: torch.device) -> None:
     x = tokens(4, 6, 32).to(device).transpose(0, 1)
     actual, expected = both(kernels.rms_norm, x, tokens(1, 32)[0].to(device), 1e-6, 0.0, False)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_triton
+def test_rows_of_a_wider_matrix(device: torch.device) -> None:
+    x, weight = tokens(4, 96).to(device)[:, 16:80], tokens(1, 64)[0].to(device)
+    actual, expected = both(kernels.rms_norm, x, weight, 1e-6, 0.0, False)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("late", [False, True])
+def test_it_is_rounded_where_the_reference_rounds(late: bool, device: torch.device) -> None:
+    """Once behind the gain, or before it too; hardly any number depends on the order of the sum."""
+    x, weight = (tokens(rows, 96, dtype=torch.float16).to(device) for rows in (20, 1))
+    actual, expected = both(kernels.rms_norm, x, weight[0], 1e-6, 0.0, late)
+    other = kernels.rms_norm.reference(x, weight[0], 1e-6, 0.0, not late)
+    assert float((actual == expected).double().mean()) > 0.98
+    assert float((other == expected).double().mean()) < 0.9
+
+
+@needs_triton
+def test_more_channels_than_a_program_takes_are_refused_whatever_stands_before_them(
+    device: torch.device,
+) -> None:
+    x, weight = torch.ones(1, 1, 65536, device=device), torch.ones(65536, device=device)
+    with (
+        kernels.use_kernels("triton"),
+        pytest.raises(KernelUnavailableError, match="channels = 65536 is more than 32768"),
+    ):
+        kernels.rms_norm(x, weight, 1e-6, 0.0, False)
 
 
 @needs_triton

@@ -13,7 +13,7 @@ import torch
 import rrsq
 from tiny_quantized import random_tokens
 
-THREADS = 4
+THREADS = 8
 PROMPTS = [random_tokens(1 + i % 2, 3 + 5 * i, seed=i) for i in range(THREADS)]
 
 

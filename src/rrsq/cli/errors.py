@@ -14,7 +14,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from rrsq.cli.console import printable, stderr
-from rrsq.errors import InterruptedRunError, RRSQError
+from rrsq.errors import ArgumentError, InterruptedRunError, RRSQError
 
 __all__ = ["ErrorReportingGroup", "describe_error"]
 
@@ -34,8 +34,18 @@ class ErrorReportingGroup(TyperGroup):
             if ctx.params.get("debug"):
                 traceback.print_exception(error)
             label, message, exit_code = describe_error(error)
+            if isinstance(error, ArgumentError):
+                message = f"{self._named(ctx, error.argument)} {error.problem}"
             stderr.print(Text.assemble((f"{label}: ", "bold red"), printable(message)), soft_wrap=True)
             raise typer.Exit(exit_code) from error
+
+    def _named(self, ctx: Any, argument: str) -> str:
+        """An argument of a function as the command line calls it."""
+        command = self.commands.get(ctx.invoked_subcommand)
+        for parameter in command.params if command is not None else ():
+            if parameter.name == argument:
+                return next((name for name in parameter.opts if name.startswith("--")), argument)
+        return argument
 
 
 def describe_error(error: BaseException) -> tuple[str, str, int]:

@@ -225,13 +225,13 @@ def quantize(
         raise UsageError("--limit is of --tasks, which is not given.")
     if private and push_to_hub is None:
         raise UsageError("--private is of --push-to-hub, which is not given.")
+    budget = Budget(
+        check_target("target_bits", target_bits),
+        check_target("target_activation_bits", target_activation_bits),
+    )
     if dry_run:
         check_output(output, overwrite=overwrite)
         chosen = choose_recipe(recipe, assignments or (), ignore or ())
-        budget = Budget(
-            check_target("--target-bits", target_bits),
-            check_target("--target-activation-bits", target_activation_bits),
-        )
         kept = check_sensitivities(budget, sensitivities, calibrated=calibration is not None)
         if budget:
             chosen = _foreseen(model, chosen, budget, kept or kept_losses(output), data_root)

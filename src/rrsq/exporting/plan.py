@@ -20,7 +20,7 @@ from ..runtime.modules.linear import QuantizedLinear
 from ..runtime.scheme import group_size_for, treatment
 from .schemes import LinearScheme
 
-__all__ = ["ExportPlan", "plan_export"]
+__all__ = ["ExportPlan", "check_exportable", "plan_export"]
 
 # Of Marlin, vLLM's kernel for 4-bit weights and 16-bit activations.
 _GROUP_SIZES = (128, 64, 32)
@@ -45,11 +45,10 @@ class ExportPlan:
     drops_cache: bool
 
 
-def plan_export(model: Any, info: CheckpointInfo, family: ModelFamily, *, drop_cache: bool) -> ExportPlan:
-    """Find the scheme of each linear, or say why there is none.
+def check_exportable(info: CheckpointInfo, family: ModelFamily, *, drop_cache: bool) -> None:
+    """Refuse what a checkpoint's own description tells already, before its model is built.
 
     Args:
-        model: of the checkpoint, assembled; its tensors may be on the meta device.
         info: what the checkpoint says of itself.
         family: the model's.
         drop_cache: the user wants the model without its quantized KV cache.
@@ -58,8 +57,11 @@ def plan_export(model: Any, info: CheckpointInfo, family: ModelFamily, *, drop_c
         ExportError: something cannot be exported.
     """
     _check_rotations(info, family)
-    _check_model(model, family)
-    _check_head(model, family)
+    if any(entry.experts for entry in family.inputs):
+        raise ExportError(
+            "Mixtures of experts are not exported: engines differ in how they name and fuse the experts of"
+            " such checkpoints. Serve the checkpoint with 'rrsq serve'."
+        )
     if info.recipe.embedding.bits != 16:
         raise ExportError(
             f"The embedding is in {info.recipe.embedding.bits} bits, and compressed-tensors has only linears."
@@ -71,6 +73,21 @@ def plan_export(model: Any, info: CheckpointInfo, family: ModelFamily, *, drop_c
             " would keep keys and values in 16 bits without a word. Give --drop-cache if that is what you"
             " want: the weights do not depend on the cache."
         )
+
+
+def plan_export(model: Any, info: CheckpointInfo, family: ModelFamily) -> ExportPlan:
+    """Find the scheme of each linear, or say why there is none.
+
+    Args:
+        model: of the checkpoint, assembled; its tensors may be on the meta device.
+        info: what the checkpoint says of itself, which :func:`check_exportable` has seen.
+        family: the model's.
+
+    Raises:
+        ExportError: something cannot be exported.
+    """
+    _check_model(model, family)
+    _check_head(model, family)
     schemes: dict[str, LinearScheme] = {}
     kept: list[str] = []
     for index, layer in enumerate(model.get_submodule(family.layers)):
@@ -120,11 +137,6 @@ def _check_rotations(info: CheckpointInfo, family: ModelFamily) -> None:
 
 
 def _check_model(model: nn.Module, family: ModelFamily) -> None:
-    if any(entry.experts for entry in family.inputs):
-        raise ExportError(
-            "Mixtures of experts are not exported: engines differ in how they name and fuse the experts of"
-            " such checkpoints. Serve the checkpoint with 'rrsq serve'."
-        )
     others = family.other_modules(model)
     others = [name for name in others if name != "rotation_signs"]
     if others:

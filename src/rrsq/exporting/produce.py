@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..models import family_for
+from ..models import ModelFamily, family_for
 from ..quantizer.production.output_shards import OutputShards, parse_size
 from ..quantizer.production.source import empty_model
 from ..runtime.format.format import CheckpointInfo
@@ -26,7 +26,7 @@ from ..runtime.format.validate import check_description, check_layers, check_sha
 from ..storage import check_output, check_space, flush
 from ..work_folder import WorkFolder
 from .card import export_card
-from .plan import ExportPlan, plan_export
+from .plan import ExportPlan, check_exportable, plan_export
 from .schemes import quantization_config
 from .tensors import export_linear, planned_linear, rounded
 
@@ -70,20 +70,26 @@ class _Source:
 
     folder: Path
     info: CheckpointInfo
+    family: ModelFamily
     model: Any
     places: dict[str, TensorPlace]
+    plan: ExportPlan
 
     @classmethod
-    def open(cls, folder: Path) -> _Source:
+    def open(cls, folder: Path, *, drop_cache: bool) -> _Source:
+        """What cannot be exported is refused as soon as it is known, of most by config.json alone."""
         info = read_info(folder)
         config = load_config(str(folder))
         check_description(config, info)
+        family = family_for(config)
+        check_exportable(info, family, drop_cache=drop_cache)
         check_layers(folder, config.get_text_config().num_hidden_layers)
         model = empty_model(config, config.dtype or torch.float32)
         with torch.device("meta"):
             assemble_model(model, info)
+        plan = plan_export(model, info, family)
         check_shards(model, [str(file) for file in shard_files(folder)])
-        return cls(folder, info, model, read_shards(folder))
+        return cls(folder, info, family, model, read_shards(folder), plan)
 
     def read(self, name: str) -> Tensor:
         tensor = self.places[name].read()
@@ -120,14 +126,13 @@ def export_checkpoint(
         StorageError: the disk is full, or the folder cannot be written.
     """
     shard_size = parse_size(max_shard_size)
-    source = _Source.open(checkpoint)
     if _within(checkpoint, output) or _within(output, checkpoint):
         raise UsageError(f"'{output}' is not apart from the checkpoint '{checkpoint}'. Give another folder.")
     check_output(output, overwrite=overwrite)
-    family = family_for(source.model.config)
-    plan = plan_export(source.model, source.info, family, drop_cache=drop_cache)
+    source = _Source.open(checkpoint, drop_cache=drop_cache)
+    plan = source.plan
     kind = source.model.dtype if dtype == "auto" else _DTYPES[dtype]
-    export = _Export(source, plan, kind)
+    export = _Export(source, kind)
     identity = {"the checkpoint": str(checkpoint.absolute())}
     with WorkFolder.locked(output, "export", identity) as work:
         shards = OutputShards(work.staging, export.planned(), shard_size)
@@ -145,7 +150,9 @@ def export_checkpoint(
             scale_error=scale_error,
             dropped_cache=plan.drops_cache,
         )
-        export.write_beside(shards, quantization_config(plan.schemes, plan.kept, family.layers), report)
+        export.write_beside(
+            shards, quantization_config(plan.schemes, plan.kept, source.family.layers), report
+        )
         flush(work.staging)
         work.finish()
         work.publish(overwrite=overwrite)
@@ -157,14 +164,13 @@ class _Export:
     """One run: what is written, from what, in which dtype."""
 
     source: _Source
-    plan: ExportPlan
     dtype: torch.dtype
 
     def planned(self) -> dict[str, Tensor]:
         """The tensors of the export by name, on the meta device, in the order of the checkpoint's model."""
         planned: dict[str, Tensor] = {}
         for path, names in self._modules().items():
-            scheme = self.plan.schemes.get(path)
+            scheme = self.source.plan.schemes.get(path)
             if scheme is not None:
                 linear: Any = self.source.model.get_submodule(path)
                 leaves = planned_linear(scheme, linear.out_features, linear.in_features, self.dtype)
@@ -191,7 +197,7 @@ class _Export:
         worst = 0.0
         for done, (path, names) in enumerate(modules.items()):
             on_step(done, len(modules), path)
-            scheme = self.plan.schemes.get(path)
+            scheme = self.source.plan.schemes.get(path)
             tensors = {name: self.source.read(name) for name in names}
             written: dict[str, Tensor] = {}
             if scheme is not None:

@@ -3,9 +3,10 @@
 Up to some thousands of tokens the kernels of a prompt take less time than Python takes to launch them.
 :class:`Prefill` stands in the place of the ``forward`` of the module below the head. Prompts are padded at
 their end to one of a few lengths: attention is causal, and all else is of one token, so nothing that is asked
-for changes, and what a cache holds beyond its tokens is overwritten by the next ones. The second prompt of a
-length in a :class:`~.kv_cache.static.Storage` is captured. Head, loss and what else a family does behind its
-layers are its own forward pass.
+for changes but last bits, where a product rounds by the number of tokens (16-bit activations). What a cache
+holds beyond its tokens is overwritten by the next ones. The second prompt of a length in a
+:class:`~.kv_cache.static.Storage` is captured. Head, loss and what else a family does behind its layers are
+its own forward pass.
 
 All graphs work in the same memory, that of the longest prompt among them.
 """
