@@ -118,7 +118,7 @@ def test_report_says_what_was_done(done: Path) -> None:
     perplexity = values(report["models"][2])["wikitext2", "perplexity"]
     full = values(report["models"][0])["wikitext2", "perplexity"]
     row = next(line for line in text.splitlines() if line.startswith("| `rrs-w4a4kv4` | 4"))
-    assert f"4.26, 4, 4.5 | {perplexity:.4f} (×{perplexity / full:.3f})" in row
+    assert f"4.26, 4, 4.50 | {perplexity:.4f} (×{perplexity / full:.3f})" in row
     assert "Calibrated on 2 windows of 32 tokens of wikitext2" in text
     assert "rrsq" in report["command"]
     assert report["calibration"]["num_samples"] == 2

@@ -348,7 +348,8 @@ def test_kernel_reads_as_the_reference_does(case: Case, device: torch.device) ->
     with use_kernels("triton"):
         actual = cache.read(torch.float32)
     for ours, theirs in zip(actual, expected, strict=True):
-        assert distance(ours, theirs) < 2e-3  # The product of code and scale is rounded to float16.
+        # The product of code and scale is rounded to float16, then divided by the balance.
+        assert distance(ours, theirs) < (2e-3 if cache.balance is None else 4e-3)
 
 
 @needs_triton

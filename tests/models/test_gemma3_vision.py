@@ -88,7 +88,7 @@ def test_images_are_seen_through_a_rotated_model() -> None:
 
 def test_a_4_bit_cache_holds_what_was_seen(source: Path, tmp_path: Path) -> None:
     """What an image left in the cache decides how the text goes on."""
-    model = quantized(source, tmp_path / "out", "w16a16kv4", ["kv_cache.keys.offset=none"])
+    model = quantized(source, tmp_path / "out", "w16a16kv4", ["kv_cache.keys={group_size: 32}"])
     image = model.config.image_token_id
     tokens = torch.tensor([[5, 7, image, image, image, image, 9, 11]])
     last = []

@@ -27,7 +27,8 @@ from tiny_quantized import load_tiny, logits_of, quantize_tiny, random_tokens, r
         ("gptq-w4a16", [], True),
         ("rrs-w4a4kv4", [], True),
         ("rrs-w4a4kv4", ["weights.method=rtn"], True),
-        ("rrs-w4a4kv4", ["weights.method=rtn", "kv_cache.keys.offset=none"], False),
+        ("rrs-w4a4kv4", ["weights.method=rtn", "kv_cache.keys.offset=none"], True),
+        ("rrs-w4a4kv4", ["weights.method=rtn", "kv_cache.keys={offset: none}"], False),
         ("rrs-w4a4kv4", ["weights.method=rtn", "kv_cache={sensitive_layers: 1}"], True),
         ("rrs-paper-w4a4kv4", ["weights.method=rtn"], True),
         (

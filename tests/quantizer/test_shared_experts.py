@@ -71,7 +71,8 @@ def test_two_processes_make_of_a_mixture_what_one_makes(
             assert wrong.max() < 0.05, (key, wrong)
             different, total = different + int((tensor != expected[key]).sum()), total + tensor.numel()
         elif key.endswith("weight_scale"):
-            torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=0)
+            # Refinement fits a row's scale to its codes.
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=0)
         elif key.endswith("channel_order"):
             assert torch.equal(tensor, expected[key])
     assert total > 0

@@ -82,7 +82,8 @@ def measure_cache_means(model: Any, windows: Tensor) -> CacheMeans:
         ]
         for window in windows[:MEAN_WINDOWS]:
             model.get_decoder()(input_ids=window[None].to(place), use_cache=False)
-    return {name: torch.stack([each[name].mean().cpu() for each in means]) for name in _NAMES}
+    names = [name for name in _NAMES if all(name in each for each in means)]
+    return {name: torch.stack([each[name].mean().cpu() for each in means]) for name in names}
 
 
 def write_cache_means(path: Path, means: CacheMeans, made_of: str) -> None:
@@ -100,6 +101,7 @@ def read_cache_means(path: Path, made_of: str) -> CacheMeans | None:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("made_of") != made_of:
                 return None
-            return {name: file.get_tensor(name) for name in _NAMES}
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError):
         return None

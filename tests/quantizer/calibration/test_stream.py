@@ -196,7 +196,11 @@ def test_keys_are_balanced_with_queries() -> None:
     means = {"key": mean, "key_square": spread + mean.square(), "query_square": queries}
     # D^4 = 16, 1, 16, 1, unknown, 1/16: less the mean of the logarithms, 2^1 2^0 2^1 2^0 - 2^-1.
     assert balance_keys(means, rotary).tolist() == [[2.0, 1.0, 2.0, 1.0, 1.0, 0.5]]
-    assert balance_keys(means, rotary, centred=False)[0, 4] != 1
+    means["key"] = torch.tensor([[3.0, 3.0, 3.0, 3.0, 3.0, 300.0]])
+    means["key_square"] = spread + means["key"].square()
+    whole = balance_keys(means, rotary, centred=False)
+    assert torch.equal(whole, balance_keys({**means, "key": torch.zeros_like(mean)}, rotary))
+    assert whole[0, 5] < balance_keys(means, rotary)[0, 5]
     means["query_square"] = torch.tensor([[24.0, 4.0, 8.0, 4.0, 1.0, 9.0 * 2**-4]])
     assert balance_keys(means, rotary).tolist() == [[2.0, 1.0, 2.0, 1.0, 1.0, 0.5]]
 

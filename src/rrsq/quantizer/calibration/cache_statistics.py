@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,15 +35,16 @@ def collect_cache_means(
     norms of heads and fused projections need not be known. All are ``[kv_heads, head_dim]``: ``key``, before
     RoPE, which is undone; ``sink``, of the keys at position 0, the first of each window; ``value``;
     ``key_square``, of squared keys before RoPE; ``query_square``, of squared queries after RoPE, over the
-    heads that share a key too.
+    heads that share a key too. There is no ``query_square`` in the end of an attention that does not take its
+    function from transformers.
     """
     observer = _Observer(rotary)
-    config: Any = attention.config
-    implementation = config._attn_implementation
+    config: Any = getattr(attention, "config", SimpleNamespace())
+    implementation = getattr(config, "_attn_implementation", None)
     handle = attention.register_forward_pre_hook(observer.before_attention, with_kwargs=True)
     attention._rrsq_observer = observer  # type: ignore[assignment]
     # Attentions of one configuration may be observed at once.
-    if not implementation.startswith(_OBSERVED):
+    if implementation is not None and not implementation.startswith(_OBSERVED):
         config._attn_implementation = _observed_implementation(implementation)
     try:
         yield observer.means
@@ -50,6 +52,8 @@ def collect_cache_means(
         config._attn_implementation = implementation
         del attention._rrsq_observer
         handle.remove()
+        if not observer.means["query_square"].tokens:
+            del observer.means["query_square"]
 
 
 class _Observer:
@@ -120,8 +124,11 @@ def balance_keys(means: dict[str, Tensor], rotary: KeyRotary | None, *, centred:
         centred: the mean key is taken off; else ``E k_c²`` stands for the variance.
 
     Returns:
-        float32 ``[kv_heads, head_dim]``, of geometric mean near 1; 1 where keys or queries are constant.
+        float32 ``[kv_heads, head_dim]``, of geometric mean near 1; 1 where keys or queries are zero or not
+        known.
     """
+    if "query_square" not in means:
+        return torch.ones_like(means["key_square"])
     queries = means["query_square"].double()
     keys = means["key_square"].double()
     if centred:

@@ -119,7 +119,9 @@ class StoredCalibration:
                 if with_absmax:
                     absmax = _read(file, f"{name}.absmax", channels).to(device)
                 inputs[entry.path] = InputSummary(hessian, absmax)
-            means = {name: file.get_tensor(f"mean.{name}") for name in CACHE_MEANS}
+            held = set(file.keys())
+            names = [n for n in CACHE_MEANS if n != "query_square" or f"mean.{n}" in held]
+            means = {name: file.get_tensor(f"mean.{name}") for name in names}
         if rotations.head is not None:
             means["value"] = rotations.head.apply(means["value"])
         return LayerStatistics(inputs, means)
