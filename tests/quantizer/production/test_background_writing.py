@@ -92,13 +92,17 @@ def test_no_more_layers_are_ahead_of_the_disk_than_a_stop_may_cost(
         for layer in range(1, MOST_UNRECORDED):
             run_layer(store, stream, layer)
         last = threading.Thread(target=run_layer, args=(store, stream, MOST_UNRECORDED))
-        last.start()
-        last.join(0.3)
-        assert last.is_alive()
-        disk.set()
-        last.join(SECONDS)
-        assert not last.is_alive()
+        assert_waits_for(disk, last)
         assert recorded(work) in (0, MOST_UNRECORDED)
+
+
+def assert_waits_for(event: threading.Event, thread: threading.Thread) -> None:
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    event.set()
+    thread.join(SECONDS)
+    assert not thread.is_alive()
 
 
 def test_a_batch_waits_for_itself_alone(work: WorkFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,12 +136,7 @@ def test_a_batch_waits_for_itself_alone(work: WorkFolder, monkeypatch: pytest.Mo
         store.before_overwrite(0)
         stream[:2] = 1
         second = threading.Thread(target=store.before_overwrite, args=(1,))
-        second.start()
-        second.join(0.3)
-        assert second.is_alive()
-        ready.set()
-        second.join(SECONDS)
-        assert not second.is_alive()
+        assert_waits_for(ready, second)
         stream[2:] = 1
     assert recorded(work) == 0
     assert taken == [bytes(12), bytes(12)]

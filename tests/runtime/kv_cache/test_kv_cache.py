@@ -147,6 +147,40 @@ def test_a_key_offset_is_put_back_at_its_position(padding: int) -> None:
     assert float((stored - rotated).abs().max()) < 0.02 < float(quantizer.keys.offset.abs().max()) / 255 / 2
 
 
+@pytest.mark.parametrize("padding", [0, 3])
+def test_position_0_has_an_offset_of_its_own(padding: int) -> None:
+    """Keys that are their offsets leave nothing to quantize, wherever in the batch position 0 is."""
+    quantizer = make_quantizer(keys=CacheScheme(4, HEAD_DIM, False, True, True, signed=True, sink=True))
+    offset, sink = quantizer.keys.offset, quantizer.keys.sink
+    assert offset is not None
+    assert sink is not None
+    sink.copy_(-5 * offset.flip(1))
+    positions = (torch.arange(6) - padding).clamp_min(0).expand(2, 6)
+    own = torch.where((positions == 0)[:, None, :, None], sink[:, None, :], offset[:, None, :])
+    keys, _ = apply_rotary_pos_emb(own, own, *angles(positions))
+    layer = QuantizedCacheLayer(quantizer)
+    layer.next_positions = positions
+    stored, _ = layer.update(keys, states(tokens=6)[1])
+    torch.testing.assert_close(stored, keys, rtol=1e-5, atol=1e-4)
+    sink.copy_(offset)
+    layer = QuantizedCacheLayer(quantizer)
+    layer.next_positions = positions
+    stored, _ = layer.update(keys, states(tokens=6)[1])
+    assert float((stored - keys)[:, :, positions[0] == 0].abs().max()) > 1
+
+
+def test_balanced_keys_are_stored_multiplied_and_read_divided() -> None:
+    plain = make_quantizer(keys=CacheScheme(4, HEAD_DIM, False, True, False))
+    balanced = make_quantizer(keys=CacheScheme(4, HEAD_DIM, False, True, False, balance=True))
+    factor = 2.0 ** (torch.arange(HEADS * HEAD_DIM).view(HEADS, HEAD_DIM) % 5 - 2)
+    assert balanced.keys.balance is not None
+    balanced.keys.balance.copy_(factor)
+    keys, values = states()
+    expected, _ = QuantizedCacheLayer(plain).update(keys * factor[:, None, :], values)
+    read, _ = QuantizedCacheLayer(balanced).update(keys, values)
+    assert torch.equal(read, expected / factor[:, None, :])
+
+
 def test_a_value_offset_is_put_back() -> None:
     layer = QuantizedCacheLayer(make_quantizer(values=CacheScheme(8, HEAD_DIM, False, False, True)))
     keys, values = states()
