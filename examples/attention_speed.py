@@ -29,12 +29,17 @@ FAR = 2e-2
 
 def quantizer() -> KVQuantizer:
     """That of a layer of the default recipe, with offsets as large as its keys."""
-    keys = CacheScheme(bits=4, group_size=32, zero_point=True, rotate=True, offset=True)
-    values = CacheScheme(bits=4, group_size=32, zero_point=False, rotate=False, offset=False, signed=True)
+    keys = CacheScheme(
+        4, 32, zero_point=False, rotate=True, offset=True, signed=True, sink=True, balance=True
+    )
+    values = CacheScheme(4, 32, zero_point=False, rotate=False, offset=False, signed=True)
     frequency = 500000.0 ** (-torch.arange(0, HEAD_DIM, 2).double() / HEAD_DIM)
     made = KVQuantizer(keys, values, KV_HEADS, HEAD_DIM, KeyRotary(frequency))
-    assert made.keys.offset is not None
-    made.keys.offset.normal_()
+    for calibrated in (made.keys.offset, made.keys.sink):
+        assert calibrated is not None
+        calibrated.normal_()
+    assert made.keys.balance is not None
+    made.keys.balance.copy_(torch.randint(-2, 3, made.keys.balance.shape).exp2())
     return made.cuda()
 
 

@@ -74,6 +74,35 @@ CASES = {
     "float32": Case(dtype=torch.float32),
     "one huge key": Case(huge=True),
     "full": Case(past=99),
+    # What a GPU reads by warps: signed codes without minima, in groups of 32, heads of 64 or 128.
+    "by warps": Case(minimum=False, signed=True, capacity=112),
+    "by warps, head of 128": Case(
+        minimum=False, signed=True, head_dim=128, shared=4, kv_heads=1, past=600, capacity=640
+    ),
+    "by warps, pages": Case(minimum=False, signed=True, shared=4, past=330, block=16, capacity=352),
+    "by warps, one head a key": Case(minimum=False, signed=True, shared=1, past=290, capacity=304),
+    "by warps, eight": Case(
+        minimum=False,
+        signed=True,
+        head_dim=128,
+        shared=8,
+        kv_heads=1,
+        batch=3,
+        past=47,
+        block=48,
+        capacity=96,
+    ),
+    "by warps, a few tokens": Case(minimum=False, signed=True, shared=2, tokens=3, past=100, capacity=112),
+    "by warps, window": Case(
+        minimum=False, signed=True, tokens=2, shared=3, window=40, past=300, block=32, capacity=320
+    ),
+    "by warps, far positions": Case(
+        minimum=False, signed=True, shift=(900, 33), past=270, capacity=272, head_dim=128
+    ),
+    "by warps, no offset": Case(minimum=False, signed=True, offset=False, sink=False, capacity=112),
+    "by warps, no rotary": Case(minimum=False, signed=True, pairs=0, capacity=112),
+    "by warps, first token": Case(minimum=False, signed=True, past=0, capacity=64),
+    "by warps, one huge key": Case(minimum=False, signed=True, huge=True, capacity=112, head_dim=128),
 }
 
 

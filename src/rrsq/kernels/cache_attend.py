@@ -23,6 +23,7 @@ from ._triton import COMPILED, ceil_div, next_power_of_two, processors, tl, trit
 from .cache import chunk_size, dequantized_chunk, inverse_power, signs_as, turned
 from .cache_read import cache_read
 from .operation import Constraints, operation
+from .warp_attention import GROUP, attend_by_warps
 
 __all__ = ["QUERIES", "cache_attend"]
 
@@ -34,6 +35,8 @@ _TILE = 32
 _STAGES = 2
 _WARPS = 8
 """Warps that a processor of the GPU holds: they take all of its registers."""
+_SPAN = 256
+"""Keys whose offsets the kernel of warps turns at a time."""
 _MOST_SPLITS = 128
 _COMBINED = 32
 _FEW_ROWS = 1024
@@ -203,9 +206,10 @@ def _prepare_kernel(
     A program does some heads of tokens: a chunk of ``q H``, or behind those ``A`` and ``B``. Both are divided
     by something that nothing of their head exceeds, so that they fit into float16. With the ``ROWS``
     queries that read the same keys side by side, ``prepared`` holds the first, float16 ``[ROWS, channels
-    in chunks]``, and ``factors`` float32 ``[4 + 2 PADDED_PAIRS, ROWS]``: what takes logits back, of the codes
-    and of the offset; the part of the offset that RoPE does not turn; ``q · (mu_0 - mu)``; ``A``; ``B``. One
-    program writes ``steps``, float16 ``[2, TILE, PADDED_PAIRS]``, of the angles ``j f``.
+    in chunks]``, and ``factors`` float32 ``[4 + 2 PADDED_PAIRS + chunks, ROWS]``: what takes logits back, of
+    the codes and of the offset; the part of the offset that RoPE does not turn; ``q · (mu_0 - mu)``; ``A``;
+    ``B``; the sum of each chunk of ``q H``. One program writes ``steps``, float16 ``[2, TILE,
+    PADDED_PAIRS]``, of the angles ``j f``.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     CHUNKS: tl.constexpr = (HALF + KEY_CHUNK - 1) // KEY_CHUNK
@@ -219,7 +223,7 @@ def _prepare_kernel(
     group = batch * (HEADS // SHARED) + kv_head
     own = token * SHARED + head % SHARED
     q_rows = query + batch * query_stride_batch + token * query_stride_token + head * query_stride_head
-    factor = factors + group * ((4 + 2 * PADDED_PAIRS) * ROWS) + own
+    factor = factors + group * ((4 + 2 * PADDED_PAIRS + 2 * CHUNKS) * ROWS) + own
     if chunk < 2 * CHUNKS:
         channel = tl.arange(0, PADDED)
         used = (channel < HALF)[:, None] & present[None, :]
@@ -253,12 +257,11 @@ def _prepare_kernel(
                 of_place = (key_balance + kv_head * HEAD_DIM)[None, :] + place
                 part *= inverse_power(tl.load(of_place, mask=inside, other=1.0))
         largest = tl.where(largest > 0, largest, 1.0)
+        part16 = (part / largest[None, :]).to(tl.float16)
         to = prepared + (group * ROWS + own) * (2 * CHUNKS * KEY_CHUNK)
-        tl.store(
-            to[None, :] + (chunk * KEY_CHUNK + inner)[:, None],
-            (part / largest[None, :]).to(tl.float16),
-            mask=present[None, :],
-        )
+        tl.store(to[None, :] + (chunk * KEY_CHUNK + inner)[:, None], part16, mask=present[None, :])
+        of_chunk = factor + (4 + 2 * PADDED_PAIRS + chunk) * ROWS
+        tl.store(of_chunk, tl.sum(part16.to(tl.float32), 0), mask=present)
         if chunk == 0:
             tl.store(factor, largest * scaling, mask=present)
     if OFFSET:
@@ -409,7 +412,7 @@ def _attend_kernel(
             return
 
     group = batch * tl.num_programs(1) + kv_head
-    factors += group * ((4 + 2 * PADDED_PAIRS) * ROWS) + row
+    factors += group * ((4 + 2 * PADDED_PAIRS + 2 * KEY_CHUNKS) * ROWS) + row
     if OFFSET:
         of_constant = tl.load(factors + 2 * ROWS, mask=present, other=0.0)
         if SINK:
@@ -602,6 +605,29 @@ def _combine_kernel(
     tl.store(output + row * HEAD_DIM + channel, result.to(output.dtype.element_ty), mask=inside)
 
 
+def _suits_warps(
+    key_codes: Tensor,
+    key_scale: Tensor,
+    key_minimum: Tensor | None,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    value_minimum: Tensor | None,
+    rows: int,
+) -> bool:
+    """Whether the kernel of warps can read this cache: the default recipe's, if rows are aligned to words."""
+    if key_minimum is not None or value_minimum is not None or rows > 8 or key_codes.shape[2] % 16:
+        return False
+    for codes, scale in ((key_codes, key_scale), (value_codes, value_scale)):
+        if codes.shape[-1] not in (32, 64) or scale.shape[-1] * GROUP != 2 * codes.shape[-1]:
+            return False
+        # Rows are read by 8 bytes, scales by all of a row.
+        if any(stride % 8 for stride in (*codes.stride()[:3], codes.data_ptr())):
+            return False
+        if any(stride % scale.shape[-1] for stride in scale.stride()[:3]) or scale.data_ptr() % 8:
+            return False
+    return True
+
+
 @cache_attend.kernel(
     "triton",
     Constraints.on_gpu(
@@ -653,8 +679,11 @@ def _launch(
     padded = max(next_power_of_two(head_dim // 2), 16)
     pairs = 0 if frequencies is None or key_offset is None else frequencies.shape[0]
     rows = max(next_power_of_two(tokens * (heads // kv_heads)), 8)
+    by_warps = _suits_warps(key_codes, key_scale, key_minimum, value_codes, value_scale, value_minimum, rows)
+    if mask is not None or softcap or not COMPILED:
+        by_warps = False
     # One warp a program is the most a GPU gets done; where it is not filled, two are done sooner.
-    warps = max(1 if programs * tiles >= 4 * processors(query.device) else 2, rows // 16)
+    warps = max(1 if programs * tiles >= 4 * processors(query.device) or by_warps else 2, rows // 16)
     # As many parts as run at once, and none that would run after all others.
     splits = max(1, min(_WARPS * processors(query.device) // (warps * programs), tiles, _MOST_SPLITS))
     whole = splits == 1
@@ -662,7 +691,9 @@ def _launch(
     chunks = 2 * ceil_div(head_dim // 2, chunk)
     padded_pairs = max(next_power_of_two(max(pairs, 1)), 16)
     prepared = torch.empty((programs, rows, chunks * chunk), dtype=torch.float16, device=query.device)
-    factors = torch.empty((programs, 4 + 2 * padded_pairs, rows), dtype=torch.float32, device=query.device)
+    factors = torch.empty(
+        (programs, 4 + 2 * padded_pairs + chunks, rows), dtype=torch.float32, device=query.device
+    )
     rows_of_all = batch * tokens * heads
     at_once = 16 if rows_of_all <= _FEW_ROWS else 64
     steps = torch.empty((2, _TILE, padded_pairs), dtype=torch.float16, device=query.device)
@@ -703,66 +734,118 @@ def _launch(
         parts = batch * tokens * heads * splits
         sums = torch.empty((parts, head_dim), dtype=torch.float32, device=query.device)
         statistics = torch.empty((parts, 2), dtype=torch.float32, device=query.device)
-    _attend_kernel[(splits, kv_heads, batch)](
-        prepared,
-        factors,
-        steps,
-        key_codes,
-        key_scale,
-        key_minimum,
-        value_codes,
-        value_scale,
-        value_minimum,
-        lengths,
-        block_table,
-        mask,
-        value_offset,
-        frequencies,
-        shift,
-        sums,
-        statistics,
-        0 if lengths.shape[0] == 1 else 1,
-        added,
-        0 if block_table is None else block_table.stride(0),
-        0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
-        0 if mask is None or mask.shape[2] == 1 else mask.stride(2),
-        0 if mask is None else mask.shape[3],
-        *key_codes.stride()[:3],
-        *key_scale.stride()[:3],
-        *value_codes.stride()[:3],
-        *value_scale.stride()[:3],
-        softcap,
-        window,
-        splits,
-        BLOCK_SIZE=block_size if block_table is not None else 1,
-        TOKENS=tokens,
-        HEADS=heads,
-        SHARED=heads // kv_heads,
-        HEAD_DIM=head_dim,
-        ROWS=rows,
-        KEY_BITS=key_codes.shape[-1] * 8 // head_dim,
-        KEY_GROUPS=key_scale.shape[-1],
-        KEY_MINIMUM=key_minimum is not None,
-        KEY_CHUNK=chunk,
-        VALUE_BITS=value_codes.shape[-1] * 8 // head_dim,
-        VALUE_GROUPS=value_scale.shape[-1],
-        VALUE_MINIMUM=value_minimum is not None,
-        VALUE_CHUNK=chunk_size(head_dim, head_dim // value_scale.shape[-1]),
-        OFFSET=key_offset is not None,
-        SINK=key_offset is not None and key_sink is not None,
-        VALUE_OFFSET=value_offset is not None,
-        PAIRS=pairs,
-        PADDED_PAIRS=padded_pairs,
-        SHIFTED=shift is not None,
-        PAGED=block_table is not None,
-        MASKED=mask is not None,
-        WINDOW=window > 0,
-        SOFTCAP=softcap > 0,
-        WHOLE=whole,
-        TILE=_TILE,
-        num_warps=warps,
-        num_stages=_STAGES,
-    )
+    if by_warps:
+        turned_offsets = None
+        if pairs:
+            turned_offsets = torch.empty(
+                (programs * splits, _SPAN, rows), dtype=torch.float32, device=query.device
+            )
+        words = (
+            key_codes.view(torch.int32),
+            key_scale.view(torch.int32),
+            value_codes.view(torch.int32),
+            value_scale.view(torch.int32),
+        )
+        attend_by_warps[(splits, kv_heads, batch)](
+            prepared.view(torch.int64),
+            factors,
+            steps,
+            *words,
+            lengths,
+            block_table,
+            value_offset,
+            frequencies,
+            shift,
+            turned_offsets,
+            sums,
+            statistics,
+            0 if lengths.shape[0] == 1 else 1,
+            added,
+            0 if block_table is None else block_table.stride(0),
+            *(stride for word in words for stride in word.stride()[:2]),
+            window,
+            splits,
+            *(word.stride(2) for word in words),
+            BLOCK_SIZE=block_size if block_table is not None else 1,
+            TOKENS=tokens,
+            HEADS=heads,
+            SHARED=heads // kv_heads,
+            HEAD_DIM=head_dim,
+            USED=next_power_of_two(tokens * (heads // kv_heads)),
+            OFFSET=key_offset is not None,
+            SINK=key_offset is not None and key_sink is not None,
+            VALUE_OFFSET=value_offset is not None,
+            PAIRS=pairs,
+            PADDED_PAIRS=padded_pairs,
+            SHIFTED=shift is not None,
+            PAGED=block_table is not None,
+            WINDOW=window > 0,
+            WHOLE=whole,
+            SPAN=_SPAN,
+            num_warps=1,
+            num_stages=1,
+        )
+    else:
+        _attend_kernel[(splits, kv_heads, batch)](
+            prepared,
+            factors,
+            steps,
+            key_codes,
+            key_scale,
+            key_minimum,
+            value_codes,
+            value_scale,
+            value_minimum,
+            lengths,
+            block_table,
+            mask,
+            value_offset,
+            frequencies,
+            shift,
+            sums,
+            statistics,
+            0 if lengths.shape[0] == 1 else 1,
+            added,
+            0 if block_table is None else block_table.stride(0),
+            0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
+            0 if mask is None or mask.shape[2] == 1 else mask.stride(2),
+            0 if mask is None else mask.shape[3],
+            *key_codes.stride()[:3],
+            *key_scale.stride()[:3],
+            *value_codes.stride()[:3],
+            *value_scale.stride()[:3],
+            softcap,
+            window,
+            splits,
+            BLOCK_SIZE=block_size if block_table is not None else 1,
+            TOKENS=tokens,
+            HEADS=heads,
+            SHARED=heads // kv_heads,
+            HEAD_DIM=head_dim,
+            ROWS=rows,
+            KEY_BITS=key_codes.shape[-1] * 8 // head_dim,
+            KEY_GROUPS=key_scale.shape[-1],
+            KEY_MINIMUM=key_minimum is not None,
+            KEY_CHUNK=chunk,
+            VALUE_BITS=value_codes.shape[-1] * 8 // head_dim,
+            VALUE_GROUPS=value_scale.shape[-1],
+            VALUE_MINIMUM=value_minimum is not None,
+            VALUE_CHUNK=chunk_size(head_dim, head_dim // value_scale.shape[-1]),
+            OFFSET=key_offset is not None,
+            SINK=key_offset is not None and key_sink is not None,
+            VALUE_OFFSET=value_offset is not None,
+            PAIRS=pairs,
+            PADDED_PAIRS=padded_pairs,
+            SHIFTED=shift is not None,
+            PAGED=block_table is not None,
+            MASKED=mask is not None,
+            WINDOW=window > 0,
+            SOFTCAP=softcap > 0,
+            WHOLE=whole,
+            TILE=_TILE,
+            num_warps=warps,
+            num_stages=_STAGES,
+        )
     if not whole:
         _combine_kernel[(batch * tokens * heads, ceil_div(head_dim, _COMBINED))](
             sums,
