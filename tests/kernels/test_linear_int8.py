@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from rrsq import kernels
+from rrsq.kernels import packed_gemm
 from rrsq.kernels.linear_int8 import int8_matmul, launch
 from rrsq.kernels.plans import FusedPlan, GemvPlan, TwoPassPlan
 
@@ -195,6 +197,32 @@ def test_split_sum_is_deterministic_and_leaves_its_counters_at_zero(device):
     first = run(SPLIT, problem)
     for _ in range(3):
         assert torch.equal(run(SPLIT, problem), first)
+
+
+def test_room_for_a_split_sum_is_kept_by_thread_and_grows(device, monkeypatch):
+    monkeypatch.setattr(packed_gemm, "_rooms", {})
+    monkeypatch.setattr(packed_gemm, "_KEPT_PARTS", 3 * 16 * 64)
+    unused = torch.zeros(1, device=device)
+
+    def room(out_features, dtype=torch.int32):
+        return packed_gemm.Tiles.of(SPLIT, 1, out_features, 512).room(dtype, unused)
+
+    small, counters = room(8)
+    again, same_counters = room(64)
+    assert again is small
+    assert same_counters is counters
+    with ThreadPoolExecutor(1) as other:
+        elsewhere = other.submit(room, 64).result()
+    assert (elsewhere[0] is small) == (device.type == "cuda")  # Threads share a stream there.
+    assert room(64, torch.float32)[0].dtype is torch.float32
+    large, same_counters = room(65)
+    assert large.numel() == 2 * small.numel()
+    assert same_counters is counters
+    assert room(64)[0] is small  # More than is kept.
+    monkeypatch.setattr(packed_gemm, "_KEPT_PARTS", large.numel())
+    large, same_counters = room(65)
+    assert room(64)[0] is large
+    assert same_counters is counters
 
 
 @needs_triton

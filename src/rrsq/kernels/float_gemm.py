@@ -199,6 +199,8 @@ def prepared_float_gemm(
     biases, has_bias = (weight_scale, False) if bias is None else (bias, True)
     half = pack_block(in_features) // 2 if bits == 4 else 0
     even = row_bytes % plan.block_bytes == 0
+    block_tokens, block_out, block_bytes = plan.block_tokens, plan.block_out, plan.block_bytes
+    warps, stages = plan.warps, plan.stages
 
     def run(x: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:
@@ -216,20 +218,20 @@ def prepared_float_gemm(
             tokens,
             out_features,
             in_features,
-            BITS=bits,
-            HALF=half,
-            GROUP=group_size,
-            HAS_BIAS=has_bias,
-            BLOCK_TOKENS=plan.block_tokens,
-            BLOCK_OUT=plan.block_out,
-            BLOCK_BYTES=plan.block_bytes,
-            SPLIT=split,
-            STAGES=plan.stages,
-            EVEN=even,
-            PTX=COMPILED,
+            bits,
+            half,
+            group_size,
+            has_bias,
+            block_tokens,
+            block_out,
+            block_bytes,
+            split,
+            stages,
+            even,
+            COMPILED,
             enable_fp_fusion=True,
-            num_warps=plan.warps,
-            num_stages=plan.stages,
+            num_warps=warps,
+            num_stages=stages,
         )
         return out
 

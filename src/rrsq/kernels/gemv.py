@@ -211,7 +211,8 @@ def prepared_gemv(
     words, device = packed.view(torch.int32), packed.device
     multipliers = packed if multiplier is None else multiplier
     biases, has_bias = (weight_scale, False) if bias is None else (bias, True)
-    shape, half, of_chunk = (*leading, out_features), pack_block(in_features) // 2, chunk_words(group_size)
+    shape, half = (*leading, out_features), pack_block(in_features) // 2
+    chunks, of_chunk, warps = plan.chunks, chunk_words(group_size), plan.warps
 
     def run(operand: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:
@@ -226,14 +227,14 @@ def prepared_gemv(
             out,
             out_features,
             in_features,
-            HALF=half,
-            GROUP=group_size,
-            HAS_BIAS=has_bias,
-            CHUNKS=plan.chunks,
-            CHUNK_WORDS=of_chunk,
-            PTX=COMPILED,
+            half,
+            group_size,
+            has_bias,
+            chunks,
+            of_chunk,
+            COMPILED,
             enable_fp_fusion=False,
-            num_warps=plan.warps,
+            num_warps=warps,
         )
         return out
 

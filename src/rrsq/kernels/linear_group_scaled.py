@@ -10,7 +10,7 @@ from torch import Tensor
 from ._triton import ceil_div, tl, triton
 from .linear_int8 import FLOATING, int8_matmul
 from .operation import FEW_TOKENS, Constraints, operation
-from .packing import unpack, weight_operand, weight_sizes
+from .packing import prepared_unpack, weight_operand, weight_sizes
 
 __all__ = ["linear_group_scaled"]
 
@@ -194,16 +194,16 @@ def _prepare(
     )
     tiles_out = ceil_div(out_features, block_out)
     biases, has_bias = (weight_scale, False) if bias is None else (bias, True)
+    weight = prepared_unpack(weight_packed, weight_multiplier, unpacked)
 
     def run(codes: Tensor, scale: Tensor, group_scale: Tensor) -> Tensor:
         tokens = codes.numel() // in_features
         out = torch.empty(*codes.shape[:-1], out_features, dtype=out_dtype, device=device)
-        weight = unpack(weight_packed, weight_multiplier) if unpacked is None else unpacked
         _group_scaled_kernel[(ceil_div(tokens, block_tokens), tiles_out)](
             codes.contiguous(),
             scale,
             group_scale.contiguous(),
-            weight,
+            weight(),
             weight_scale,
             biases,
             out,

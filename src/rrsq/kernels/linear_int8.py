@@ -12,7 +12,7 @@ from ._triton import ceil_div, tl, triton
 from .gemv import prepared_gemv
 from .operation import FEW_TOKENS, Constraints, operation
 from .packed_gemm import prepared_packed_gemm
-from .packing import group_size_of, supports_words, unpack, weight_operand, weight_sizes
+from .packing import group_size_of, prepared_unpack, supports_words, unpack, weight_operand, weight_sizes
 from .plans import FusedPlan, GemvPlan, Plan, TwoPassPlan, plan_for
 
 __all__ = ["FLOATING", "int8_matmul", "launch", "linear_int8"]
@@ -192,15 +192,14 @@ def _prepare(
         if not isinstance(plan, TwoPassPlan):
             return _PREPARED[type(plan)](plan, *product, operand.shape[:-1])
     packed_words = supports_words(in_features, group_size_of(in_features, weight_multiplier))
+    weight = prepared_unpack(weight_packed, weight_multiplier, unpacked)
     prepared: dict[Plan, Callable[..., Tensor]] = {}
 
     def run(operand: Tensor, scale: Tensor) -> Tensor:
-        tokens = operand.numel() // in_features
-        plan = plan_for(tokens, out_features, in_features, packed_words, device)
+        plan = plan_for(operand.numel() // in_features, out_features, in_features, packed_words, device)
         out = torch.empty(*operand.shape[:-1], out_features, dtype=out_dtype, device=device)
         if isinstance(plan, TwoPassPlan):
-            weight = unpack(weight_packed, weight_multiplier) if unpacked is None else unpacked
-            return _int8_gemm(plan, operand.contiguous(), scale, weight, weight_scale, bias, out)
+            return _int8_gemm(plan, operand.contiguous(), scale, weight(), weight_scale, bias, out)
         multiply = prepared.get(plan)
         if multiply is None:
             multiply = prepared[plan] = _PREPARED[type(plan)](plan, *product, operand.shape[:-1])
@@ -361,11 +360,11 @@ def _int8_gemm(
             tokens,
             out_features,
             in_features,
-            HAS_BIAS=bias is not None,
-            BLOCK_TOKENS=plan.block_tokens,
-            BLOCK_OUT=plan.block_out,
-            BLOCK_IN=plan.block_in,
-            GROUP_TILES=plan.group_tiles,
+            bias is not None,
+            plan.block_tokens,
+            plan.block_out,
+            plan.block_in,
+            plan.group_tiles,
             enable_fp_fusion=False,
             num_warps=plan.warps,
             num_stages=plan.stages,
@@ -381,12 +380,12 @@ def _int8_gemm(
             tokens,
             out_features,
             in_features,
-            HAS_BIAS=bias is not None,
-            BLOCK_TOKENS=plan.block_tokens,
-            BLOCK_OUT=plan.block_out,
-            BLOCK_IN=plan.block_in,
-            GROUP_TILES=plan.group_tiles,
-            EVEN=in_features % plan.block_in == 0,
+            bias is not None,
+            plan.block_tokens,
+            plan.block_out,
+            plan.block_in,
+            plan.group_tiles,
+            in_features % plan.block_in == 0,
             enable_fp_fusion=False,
             num_warps=plan.warps,
             num_stages=plan.stages,

@@ -7,9 +7,10 @@ fixed order, so results are deterministic.
 
 Programs that share a sum leave their parts in memory and count who has arrived. Counters are zero before
 every launch, and left at zero by every launch. Calls on one stream (of a CPU: in one thread) follow each
-other, so they share one buffer a stream. A call that is captured in a CUDA graph may be replayed at any
-time: it gets counters of its own from a reserve that is allocated outside of capture. Where the reserve is
-used up, or missing because nothing ran before the capture, the graph clears its own.
+other, so they share room for parts and counters, which is kept. A call that is captured in a CUDA graph may
+be replayed at any time: its parts are the graph's own, and its counters come from a reserve that is allocated
+outside of capture. Where the reserve is used up, or missing because nothing ran before the capture, the graph
+clears its own.
 """
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
@@ -39,7 +40,6 @@ __all__ = [
     "MAXIMUM_COUNTERS",
     "Tiles",
     "add_parts",
-    "counters",
     "multiply_packed",
     "prepared_packed_gemm",
     "read_step",
@@ -48,31 +48,36 @@ __all__ = [
 
 MAXIMUM_COUNTERS = 4096
 _RESERVE = 1 << 20
-_by_stream: dict[tuple[torch.device, int], Tensor] = {}
+_KEPT_PARTS = 1 << 22
+"""At most: 16 MiB a stream, more than 64 tokens need. For more sums, memory is allocated in each call."""
+Room = tuple[Tensor, Tensor]
+"""For parts of sums, and zero counters, int32."""
+_rooms: dict[tuple[int, int, torch.dtype], Room] = {}
+"""By device, stream and dtype of the sums."""
 _reserves: dict[torch.device, tuple[Tensor, int]] = {}
 
 
-def counters(count: int, device: torch.device) -> Tensor:
-    """``count`` (at most :data:`MAXIMUM_COUNTERS`) zero int32 for one launch on the current stream."""
-    if device.type != "cuda":
-        return _counters_of(device, threading.get_ident())
-    if torch.cuda.is_current_stream_capturing():
-        reserve, used = _reserves.get(device, (None, _RESERVE))
-        if reserve is None or used + count > _RESERVE:
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        _reserves[device] = (reserve, used + count)
-        return reserve[used : used + count]
-    if device not in _reserves:
-        _reserves[device] = (torch.zeros(_RESERVE, dtype=torch.int32, device=device), 0)
-        torch.cuda.current_stream(device).synchronize()
-    return _counters_of(device, torch._C._cuda_getCurrentRawStream(device.index))
+def _more_room(stream: tuple[int, int, torch.dtype], parts: int, device: torch.device) -> Room:
+    """Room for so many parts, kept for the stream; with the first on a device, the reserve of graphs."""
+    made = torch.empty(parts, dtype=stream[2], device=device)
+    if stream not in _rooms:
+        if device.type == "cuda" and device not in _reserves:
+            _reserves[device] = (torch.zeros(_RESERVE, dtype=torch.int32, device=device), 0)
+            torch.cuda.current_stream(device).synchronize()
+        _rooms[stream] = made.new_empty(0), torch.zeros(MAXIMUM_COUNTERS, dtype=torch.int32, device=device)
+    room = made, _rooms[stream][1]
+    if parts <= _KEPT_PARTS:
+        _rooms[stream] = room
+    return room
 
 
-def _counters_of(device: torch.device, stream: int) -> Tensor:
-    made = _by_stream.get((device, stream))
-    if made is None:
-        made = _by_stream[device, stream] = torch.zeros(MAXIMUM_COUNTERS, dtype=torch.int32, device=device)
-    return made
+def _counters_of_graph(count: int, device: torch.device) -> Tensor:
+    """``count`` zero int32 for one launch that is being captured."""
+    reserve, used = _reserves.get(device, (None, _RESERVE))
+    if reserve is None or used + count > _RESERVE:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    _reserves[device] = (reserve, used + count)
+    return reserve[used : used + count]
 
 
 class Tiles(NamedTuple):
@@ -99,16 +104,26 @@ class Tiles(NamedTuple):
         split = 1 if tiles > MAXIMUM_COUNTERS else min(plan.split, ceil_div(row_bytes, plan.block_bytes))
         return cls((tiles_token, tiles_out, split), tiles * split * plan.block_out * plan.block_tokens)
 
-    def room(self, dtype: torch.dtype, unused: Tensor) -> tuple[Tensor, Tensor]:
-        """Room for parts of sums, and the tiles' counters.
+    def room(self, dtype: torch.dtype, unused: Tensor) -> Room:
+        """Room for parts of sums, and the tiles' counters, for one launch on the current stream.
 
         ``unused``, a tensor on the device, stands for both where nothing is split.
         """
         tiles_token, tiles_out, split = self.grid
         if split == 1:
             return unused, unused
-        device = unused.device
-        return torch.empty(self.parts, dtype=dtype, device=device), counters(tiles_token * tiles_out, device)
+        device = unused.get_device()  # Of a CPU -1.
+        if device < 0:
+            stream = device, threading.get_ident(), dtype
+        elif torch.cuda.is_current_stream_capturing():
+            counters = _counters_of_graph(tiles_token * tiles_out, unused.device)
+            return torch.empty(self.parts, dtype=dtype, device=unused.device), counters
+        else:
+            stream = device, torch._C._cuda_getCurrentRawStream(device), dtype
+        room = _rooms.get(stream)
+        if room is None or room[0].numel() < self.parts:
+            room = _more_room(stream, self.parts, unused.device)
+        return room
 
 
 @triton.jit
@@ -380,20 +395,24 @@ def prepared_packed_gemm(
     (out_features, row_bytes), device = packed.shape, packed.device
     in_features, shape, usual = 2 * row_bytes, (*leading, out_features), math.prod(leading)
     usual_tiles = Tiles.of(plan, usual, out_features, row_bytes)
+    usual_kernel = _packed_gemm_kernel[usual_tiles.grid]
     multipliers = packed if multiplier is None else multiplier
     biases, has_bias = (weight_scale, False) if bias is None else (bias, True)
     half, group_size = pack_block(in_features) // 2, group_size_of(in_features, multiplier)
     even = row_bytes % plan.block_bytes == 0
+    block_tokens, block_out, block_bytes = plan.block_tokens, plan.block_out, plan.block_bytes
+    warps, stages = plan.warps, plan.stages
 
     def run(operand: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-        tokens, tiles = usual, usual_tiles
+        tokens, tiles, kernel = usual, usual_tiles, usual_kernel
         if out is None:
             out = torch.empty(*shape, dtype=out_dtype, device=device)
         elif out.shape != shape:
             tokens = out.numel() // out_features
             tiles = Tiles.of(plan, tokens, out_features, row_bytes)
+            kernel = _packed_gemm_kernel[tiles.grid]
         partial, meeting = tiles.room(torch.int32, scale)
-        _packed_gemm_kernel[tiles.grid](
+        kernel(
             operand,
             scale,
             packed,
@@ -406,20 +425,20 @@ def prepared_packed_gemm(
             tokens,
             out_features,
             in_features,
-            HALF=half,
-            GROUP=group_size,
-            HAS_BIAS=has_bias,
-            BLOCK_TOKENS=plan.block_tokens,
-            BLOCK_OUT=plan.block_out,
-            BLOCK_BYTES=plan.block_bytes,
-            SPLIT=tiles.grid[2],
-            STAGES=plan.stages,
-            EVEN=even,
-            FULL=tokens % plan.block_tokens == 0,
-            PTX=COMPILED,
+            half,
+            group_size,
+            has_bias,
+            block_tokens,
+            block_out,
+            block_bytes,
+            tiles.grid[2],
+            stages,
+            even,
+            tokens % block_tokens == 0,
+            COMPILED,
             enable_fp_fusion=False,
-            num_warps=plan.warps,
-            num_stages=plan.stages,
+            num_warps=warps,
+            num_stages=stages,
         )
         return out
 

@@ -16,7 +16,9 @@ accumulator is divided by 16 at the end, exactly.
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ __all__ = [
     "group_size_of",
     "pack_block",
     "pack_int4",
+    "prepared_unpack",
     "scaled_high",
     "scaled_low",
     "sixteenfold_high",
@@ -469,33 +472,49 @@ def chunk_words(group_size: int) -> int:
     return 4 if group_size == 16 else 8
 
 
-@weight_operand.kernel("triton", Constraints.on_gpu())
-def unpack(packed: Tensor, multiplier: Tensor | None) -> Tensor:
-    """The kernel of :func:`weight_operand`."""
+def prepared_unpack(
+    packed: Tensor, multiplier: Tensor | None, unpacked: Tensor | None = None
+) -> Callable[[], Tensor]:
+    """What gives :func:`weight_operand` of one weight: ``unpacked``, where it is kept, else by a kernel."""
+    if unpacked is not None:
+        return lambda: unpacked
     packed = packed.contiguous()
     multiplier = None if multiplier is None else multiplier.contiguous()
-    out_features, row_bytes = packed.shape
+    (out_features, row_bytes), device = packed.shape, packed.device
     in_features = 2 * row_bytes
     group_size = group_size_of(in_features, multiplier)
     if not supports_words(in_features, group_size):
-        return dequantize(packed, multiplier, None, torch.int8)
-    out = torch.empty(out_features, in_features, dtype=torch.int8, device=packed.device)
+        return functools.partial(dequantize, packed, multiplier, None, torch.int8)  # Adds no frame.
     words = chunk_words(group_size)
     rows, chunks = 4, 256 // words
-    unpack_words_kernel[(ceil_div(out_features, rows), ceil_div(in_features // 8, chunks * words))](
-        packed.view(torch.int32),
-        packed if multiplier is None else multiplier,
-        out.view(torch.int32),
-        out_features,
-        in_features,
-        HALF=pack_block(in_features) // 2,
-        GROUP=group_size,
-        CHUNK_WORDS=words,
-        BLOCK_ROWS=rows,
-        CHUNKS=chunks,
-        num_warps=4,
-    )
-    return out
+    grid = ceil_div(out_features, rows), ceil_div(in_features // 8, chunks * words)
+    packed_words, half = packed.view(torch.int32), pack_block(in_features) // 2
+    multipliers = packed if multiplier is None else multiplier
+
+    def run() -> Tensor:
+        out = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
+        unpack_words_kernel[grid](
+            packed_words,
+            multipliers,
+            out.view(torch.int32),
+            out_features,
+            in_features,
+            half,
+            group_size,
+            words,
+            rows,
+            chunks,
+            num_warps=4,
+        )
+        return out
+
+    return run
+
+
+@weight_operand.kernel("triton", Constraints.on_gpu())
+def unpack(packed: Tensor, multiplier: Tensor | None) -> Tensor:
+    """The kernel of :func:`weight_operand`."""
+    return prepared_unpack(packed, multiplier)()
 
 
 def dequantize(

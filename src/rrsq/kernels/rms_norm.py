@@ -109,8 +109,8 @@ def _prepare(
                 channels,
                 eps,
                 offset,
-                LATE=late,
-                BLOCK=block,
+                late,
+                block,
                 num_warps=warps,
             )
         return y

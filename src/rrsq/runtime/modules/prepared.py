@@ -27,17 +27,15 @@ class Prepared(dict[tuple[torch.Size | int, torch.dtype, str | None], _Kept]):
 
         It is not kept while a CUDA graph is captured: the memory of its tensors would be the graph's.
         """
-        kept = self.get((x.shape, x.dtype, forced_backend()))
-        return self._find(x, make) if kept is None else kept
-
-    def _find(self, x: Tensor, make: Callable[[Tensor], _Kept]) -> _Kept:
-        channels = x.shape[-1]
-        key = x.shape if x.numel() <= FEW_TOKENS * channels else channels, x.dtype, forced_backend()
-        kept = self.get(key)
+        shape, dtype, backend = x.shape, x.dtype, forced_backend()
+        kept = self.get((shape, dtype, backend))
         if kept is None:
-            kept = make(x)
-            if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-                self[key] = kept
+            size = shape if x.numel() <= FEW_TOKENS * shape[-1] else shape[-1]
+            kept = self.get((size, dtype, backend))
+            if kept is None:
+                kept = make(x)
+                if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+                    self[size, dtype, backend] = kept
         return kept
 
 
