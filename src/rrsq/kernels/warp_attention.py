@@ -14,7 +14,8 @@ do as long as queries have the same one. For the result rows are channels, and t
 A code stands for ``n - 8`` and is read as ``64 + n``, by its bits in the mantissa of 64. Of keys, a group's
 ``72 sum q`` is subtracted where its sum begins, and its scale multiplies that sum.
 
-Inline assembly is not run by Triton's interpreter: this kernel is tested on GPUs only.
+Triton's interpreter does not run inline assembly. What there is of it is few instructions, which the tests
+execute for all 32 lanes.
 """
 
 # Tuples of tensors grow by one at a time, and kernels cannot unpack them.
@@ -231,9 +232,12 @@ def _keys(codes, scales, own, pair, ROW: tl.constexpr, SCALE_ROW: tl.constexpr, 
     scale_words = ()
     for half in tl.static_range(2):
         for group in tl.static_range(GROUPS):
-            words = words + _two_words(codes + (own * ROW + 2 * pair) + (8 * half * ROW + 8 * group))
+            first, second = _two_words(codes + (own * ROW + 2 * pair) + (8 * half * ROW + 8 * group))
+            words = words + (first, second)
         row = scales + own * SCALE_ROW + 8 * half * SCALE_ROW
-        scale_words = scale_words + _scale_words(row, own >= 0, GROUPS)
+        of_row = _scale_words(row, own >= 0, GROUPS)
+        for each in tl.static_range(GROUPS):
+            scale_words = scale_words + (of_row[each],)
     return words, scale_words
 
 
@@ -250,10 +254,13 @@ def _values(codes, scales, left, own, pair, ROW: tl.constexpr, SCALE_ROW: tl.con
         if GROUPS == 1:
             words = words + (tl.load(row),)
         else:
-            words = words + _two_words(row)
+            first, second = _two_words(row)
+            words = words + (first, second)
         row_of_scale = scales + 2 * pair * SCALE_ROW + (index % 2 + 8 * (index // 2)) * SCALE_ROW
         there = 2 * pair + (index % 2 + 8 * (index // 2)) < left
-        scale_words = scale_words + _scale_words(row_of_scale, there, GROUPS)
+        of_row = _scale_words(row_of_scale, there, GROUPS)
+        for each in tl.static_range(GROUPS):
+            scale_words = scale_words + (of_row[each],)
     return words, scale_words
 
 
@@ -502,7 +509,8 @@ def attend_by_warps(
                 offsets = ()
                 for row in tl.static_range(4):
                     of_key = turned_offsets + (start - first + own) * ROWS + first_column + 8 * row * ROWS
-                    offsets = offsets + _two_words(of_key)
+                    of_first, of_second = _two_words(of_key)
+                    offsets = offsets + (of_first, of_second)
             all_values = values + other_values
             all_scales = value_scales + other_value_scales
             words = keys + other_keys
@@ -516,8 +524,10 @@ def attend_by_warps(
                 scales = ()
                 other_scales = ()
                 for each in tl.static_range(GROUPS):
-                    scales = scales + _floats(scale_words[2 * tile * GROUPS + each])
-                    other_scales = other_scales + _floats(scale_words[(2 * tile + 1) * GROUPS + each])
+                    low_scale, high_scale = _floats(scale_words[2 * tile * GROUPS + each])
+                    scales = scales + (low_scale, high_scale)
+                    low_scale, high_scale = _floats(scale_words[(2 * tile + 1) * GROUPS + each])
+                    other_scales = other_scales + (low_scale, high_scale)
                 for each in tl.static_range(GROUPS):
                     # Of the lower channels a and e, of the higher c and g.
                     a0, c0, a2, c2 = _key_numbers(words[2 * (2 * tile * GROUPS + each)])
