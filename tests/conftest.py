@@ -178,7 +178,7 @@ def sharded_checkpoint(
 ) -> Path:
     """The same in several shards; not to be changed."""
     out = tmp_path_factory.mktemp("sharded") / "out"
-    return save_tiny(quantized_qwen2, tiny_qwen2_dir, out, max_shard_size="60KB")
+    return save_tiny(quantized_qwen2, tiny_qwen2_dir, out, max_shard_size="30KB")
 
 
 @pytest.fixture

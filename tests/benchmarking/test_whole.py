@@ -103,11 +103,13 @@ def test_loads() -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_description_is_that_of_a_checkpoint(name: str) -> None:
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_description_is_that_of_a_checkpoint(name: str, bits: int) -> None:
+    """A tied head shares the codes of the embedding; one of 8 bits beside an embedding of 16 is untied."""
     config = TINY[name]()
-    described = describe(config, recipe_of("rrs-w4a4kv4", ["head.bits=8"]))
+    described = describe(config, recipe_of("rrs-w4a4kv4", [f"embedding.bits={bits}"]))
     check_description(config, parse_info(described["quantization_config"]))
-    assert described["tie_word_embeddings"] is False
+    assert described["tie_word_embeddings"] is (config.tie_word_embeddings and bits == 8)
     assert type(config)(**described).get_text_config().hidden_size == config.get_text_config().hidden_size
 
 

@@ -23,8 +23,10 @@ TENSORS = (PACKED, SCALE, NORM)
 SAME_WIDTH = ("I8", "BOOL", "F8_E4M3", "I32", "U32")  # Of the packed codes and of the scales.
 ONE_OF_A_KIND = (
     *TENSORS,
-    "model.embed_tokens.weight",
-    "lm_head.weight",
+    "model.embed_tokens.weight_int8",
+    "model.embed_tokens.weight_scale",
+    "lm_head.weight_int8",
+    "lm_head.weight_scale",
     "model.layers.0.mlp.down_proj.weight_multiplier",
     "model.layers.1.self_attn.kv_quantizer.keys.offset",
     "rotation_signs.head_signs",
@@ -104,7 +106,7 @@ def _entries() -> Iterator[Case]:
         return mutate
 
     offsets: dict[str, Any] = {
-        "overlap": lambda old, header: header["lm_head.weight"]["data_offsets"],
+        "overlap": lambda old, header: header["lm_head.weight_int8"]["data_offsets"],
         "swapped": lambda old, header: old[::-1],
         "shifted": lambda old, header: [old[0] + 1, old[1] + 1],
         "negative": lambda old, header: [-8, old[1]],
@@ -236,13 +238,24 @@ def _numbers() -> Iterator[Case]:
         SCALE,
         "model.layers.0.mlp.down_proj.weight_scale",
         "model.layers.1.mlp.gate_proj.weight_scale",
+        "model.embed_tokens.weight_scale",
+        "lm_head.weight_scale",
     ):
         for value in (nan, inf, -inf, 0.0, -0.0, -1e-3):
-            yield Case("scale", f"{value}-{name[13:-13]}", put(name, value), expected=seen_by_loading)
+            yield Case(
+                "scale",
+                f"{value}-{name.removeprefix('model.layers.')[:-13]}",
+                put(name, value),
+                expected=seen_by_loading,
+            )
     for name in ONE_OF_A_KIND:
-        if name.endswith(("offset", "bias", "embed_tokens.weight", "lm_head.weight")):
+        if name.endswith(("offset", "bias")):
             for value in (nan, inf, -inf):
                 yield Case("not-finite", f"{value}-{name}", put(name, value), expected=seen_by_loading)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        for value in (nan, inf, -inf):
+            edit = put(name, value)
+            yield Case("not-finite", f"{value}-{name}", edit, base="first", expected=seen_by_loading)
     for name in (
         "model.layers.0.mlp.down_proj.weight_multiplier",
         "model.layers.1.self_attn.v_proj.weight_multiplier",

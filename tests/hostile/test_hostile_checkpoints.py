@@ -31,7 +31,7 @@ def bases(tiny_qwen2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     ordered = quantize_tiny(tiny_qwen2_dir, recipe_of("rrs-paper-w4a4kv4"))
     first = quantize_tiny(tiny_qwen2_dir, recipe_of("rrs1-w4a4kv4"))
     save_tiny(quantized, tiny_qwen2_dir, folder / "one")
-    save_tiny(quantized, tiny_qwen2_dir, folder / "shards", max_shard_size="60KB")
+    save_tiny(quantized, tiny_qwen2_dir, folder / "shards", max_shard_size="30KB")
     save_tiny(ordered, tiny_qwen2_dir, folder / "order")
     save_tiny(first, tiny_qwen2_dir, folder / "first")
     return {name: str(folder / name) for name in ("one", "shards", "order", "first")}

@@ -16,8 +16,11 @@ from rrsq.quantizer import weights as weights_module
 from rrsq.quantizer.memory import weight_bytes
 from rrsq.quantizer.pipeline import needs_calibration, quantize_model
 from rrsq.recipe import recipe_names
+from rrsq.runtime.modules.embedding import Int8Embedding, SharedHead
 from rrsq.runtime.modules.linear import QuantizedLinear
 from tiny_quantized import load_tiny, logits_of, quantize_tiny, random_tokens, recipe_of
+
+IN_16_BITS = ["embedding.bits=16", "head.bits=16"]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +85,9 @@ def test_every_linear_is_replaced_and_stays_in_its_place(tiny_llama_dir: Path, n
             "mlp.down_proj",
         ]
         assert not any(type(module) is torch.nn.Linear for module in layer.modules())
-    assert type(model.lm_head) is torch.nn.Linear
+    second = name in ("rrs-w4a4kv4", "rrs-w4a8kv4")
+    assert type(model.lm_head) is (SharedHead if second else torch.nn.Linear)
+    assert isinstance(model.model.embed_tokens, Int8Embedding) == second
 
 
 def test_weights_of_16_bits_are_left_as_they_are(tiny_qwen2_dir: Path) -> None:
@@ -242,9 +247,10 @@ def test_the_layers_that_a_4_bit_cache_hurts_most_get_8_bit_keys(tiny_llama_dir:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_what_is_not_quantized_keeps_its_dtype(tiny_qwen2_dir: Path, dtype: str) -> None:
-    model = quantize_tiny(tiny_qwen2_dir, recipe_of("rrs-w4a4kv4"), dtype=dtype).model
+    model = quantize_tiny(tiny_qwen2_dir, recipe_of("rrs-w4a4kv4", IN_16_BITS), dtype=dtype).model
     expected = getattr(torch, dtype)
     assert model.model.embed_tokens.weight.dtype == expected
+    assert model.lm_head.weight.dtype == expected
     assert model.model.norm.weight.dtype == expected
     layer = model.model.layers[0]
     assert layer.input_layernorm.weight.dtype == expected
@@ -257,7 +263,7 @@ def test_what_is_not_quantized_keeps_its_dtype(tiny_qwen2_dir: Path, dtype: str)
 
 
 def test_key_offsets_are_the_mean_keys_before_rope(tiny_qwen2_dir: Path) -> None:
-    """Layer 0 sees unquantized inputs: its offset is the projection of the mean normed embedding."""
+    """Layer 0 behind an embedding in 16 bits: its offset is the projection of the mean normed embedding."""
     windows = random_tokens(3, 64, seed=1)
     original = load_tiny(tiny_qwen2_dir)
     layer = original.model.layers[0]
@@ -265,7 +271,7 @@ def test_key_offsets_are_the_mean_keys_before_rope(tiny_qwen2_dir: Path) -> None
         x = layer.input_layernorm(original.model.embed_tokens(windows)).double().mean((0, 1))
         expected = x @ layer.self_attn.k_proj.weight.double().T + layer.self_attn.k_proj.bias.double()
     exact = {"windows": windows, "stream_dtype": torch.float32}
-    model = quantize_tiny(tiny_qwen2_dir, recipe_of("rrs-w4a4kv4"), **exact).model
+    model = quantize_tiny(tiny_qwen2_dir, recipe_of("rrs-w4a4kv4", IN_16_BITS), **exact).model
     offset = model.model.layers[0].self_attn.kv_quantizer.keys.offset
     np.testing.assert_allclose(offset.flatten().numpy(), expected.numpy(), rtol=1e-4, atol=1e-4)
 

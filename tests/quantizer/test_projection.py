@@ -80,6 +80,7 @@ def mixtral(hidden: int, experts: int) -> MixtralConfig:
     [
         ("rrs-w4a4kv4", llama(128, 3000), 64),
         ("rrs-w4a4kv4", llama(128, 500), 256),
+        ("rrs1-w4a4kv4", llama(128, 3000), 64),
         ("gptq-w4a16", llama(128, 2000), 128),
         ("rrs-w4a4kv4", llama(256, 500), 64),
         ("rrs-w4a4kv4", mixtral(128, 8), 64),

@@ -181,7 +181,7 @@ def test_a_shared_head_gives_the_numbers_of_one_of_its_own(tiny_llama_dir: Path)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_checkpoints_of_families(name: str, bits: int, tiny_llama_dir: Path, tmp_path: Path) -> None:
     """Scaled, multiplied, with learned positions: what is loaded gives the bits of what was quantized."""
-    recipe = recipe_of("rrs-w4a4kv4", [f"embedding.bits={bits}"])
+    recipe = recipe_of("rrs-w4a4kv4", [f"embedding.bits={bits}", "head.bits=16"])
     tokens = random_tokens(2, 12)
     exact = logits_of(tiny_model(name), tokens)
     alone: Any = quantize_model(tiny_model(name), only(f"embedding.bits={bits}"), None).model
@@ -267,7 +267,7 @@ def test_the_forecast_is_what_comes_out(
 @pytest.fixture(scope="module")
 def checkpoint(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tied model whose head shares the codes of an embedding in 4 bits."""
-    quantized = quantize_tiny(tiny_llama_dir, recipe_of("rrs-w4a4kv4", ["embedding.bits=4"]))
+    quantized = quantize_tiny(tiny_llama_dir, recipe_of("rrs-w4a4kv4", ["embedding.bits=4", "head.bits=16"]))
     return save_tiny(quantized, tiny_llama_dir, tmp_path_factory.mktemp("embedding") / "out")
 
 
@@ -319,13 +319,21 @@ def test_another_size_is_refused(checkpoint: Path) -> None:
         check_token_ids(model, torch.tensor([[VOCABULARY_SIZE]]))
 
 
+def test_another_size_is_refused_for_the_head_alone(tiny_qwen2_dir: Path, tmp_path: Path) -> None:
+    quantized = quantize_tiny(tiny_qwen2_dir, recipe_of("rrs-w4a4kv4", ["embedding.bits=16"]))
+    model: Any = rrsq.load(str(save_tiny(quantized, tiny_qwen2_dir, tmp_path / "out")), device="cpu")
+    assert model.resize_token_embeddings(VOCABULARY_SIZE) is model.get_input_embeddings()
+    with pytest.raises(UsageError, match=r"output head .* cannot be resized.*head\.bits=16"):
+        model.resize_token_embeddings(520)
+
+
 def test_a_pattern_keeps_the_embedding_or_the_head(tiny_llama_dir: Path) -> None:
     kept: Any = quantize_tiny(
-        tiny_llama_dir, recipe_of("rrs-w4a4kv4", ["embedding.bits=8", "modules_to_not_convert=['*embed*']"])
+        tiny_llama_dir, recipe_of("rrs-w4a4kv4", ["head.bits=16", "modules_to_not_convert=['*embed*']"])
     ).model
     assert kept.lm_head.weight is kept.model.embed_tokens.weight
     own: Any = quantize_tiny(
-        tiny_llama_dir, recipe_of("rrs-w4a4kv4", ["embedding.bits=8", "modules_to_not_convert=[lm_head]"])
+        tiny_llama_dir, recipe_of("rrs-w4a4kv4", ["modules_to_not_convert=[lm_head]"])
     ).model
     assert isinstance(own.model.embed_tokens, Int8Embedding)
     assert type(own.lm_head) is nn.Linear

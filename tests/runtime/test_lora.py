@@ -168,7 +168,7 @@ def test_beside_a_quantized_embedding_with_a_tied_head(
     bits: int, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     """The gradients are those of the same model with the embedding that the codes stand for."""
-    recipe = recipe_of("rrs-w4a4kv4", [f"embedding.bits={bits}"])
+    recipe = recipe_of("rrs-w4a4kv4", [f"embedding.bits={bits}", "head.bits=16"])
     out = save_tiny(quantize_tiny(tiny_llama_dir, recipe), tiny_llama_dir, tmp_path / "out")
     gradients = []
     for floating in (False, True):

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import rrsq
 from rrsq.runtime.kv_cache.layers import NoCache, QuantizedCacheLayer, token_positions
+from rrsq.runtime.modules.int8_linear import Int8Linear
 from rrsq.runtime.modules.linear import FusedLinears, QuantizedLinear
 from tiny_quantized import logits_of, random_tokens
 
@@ -35,7 +36,7 @@ def not_rounded(x: Tensor, rounded: Tensor) -> Tensor:
 
 def dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every quantized module computes a float product or hands on, and is rounded behind autograd's back."""
-    linear, append = QuantizedLinear.forward, QuantizedCacheLayer.update
+    linear, head, append = QuantizedLinear.forward, Int8Linear.forward, QuantizedCacheLayer.update
 
     def forward(self: QuantizedLinear, x: Tensor) -> Tensor:
         operand = x.float()
@@ -45,6 +46,10 @@ def dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
             operand = operand[..., self.input_quantizer.channel_order.long()]
         y = operand @ self.dequantized_weight().T
         return not_rounded(y.to(x.dtype), linear(self, x.detach()))
+
+    def logits(self: Int8Linear, x: Tensor) -> Tensor:
+        y = x.float() @ (self.weight_int8.float() * self.weight_scale.unsqueeze(1)).T
+        return not_rounded(y.to(x.dtype), head(self, x.detach()))
 
     def passed(new: Tensor, rounded: Tensor) -> Tensor:
         old = rounded[..., : -new.shape[-2], :]
@@ -63,6 +68,7 @@ def dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(FusedLinears, "_weight", lambda self: None)
     monkeypatch.setattr(QuantizedLinear, "forward", forward)
+    monkeypatch.setattr(Int8Linear, "forward", logits)
     monkeypatch.setattr(QuantizedCacheLayer, "update", update)
     monkeypatch.setattr(NoCache, "update", without_cache)
 
@@ -77,7 +83,7 @@ def test_they_are_those_of_the_dequantized_model(
     reference, expected = gradients(model, calls=calls, cached=cached)
     torch.testing.assert_close(logits, reference, rtol=1e-5, atol=1e-5)
     assert found.keys() == expected.keys()
-    assert "model.embed_tokens.weight" in found
+    assert "model.layers.0.input_layernorm.weight" in found
     for name, gradient in expected.items():
         assert float(gradient.norm()) > 0
         assert float((found[name] - gradient).norm() / gradient.norm()) < 1e-4, name

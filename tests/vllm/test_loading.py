@@ -50,7 +50,7 @@ def test_a_missing_tensor(kind: str, checkpoint: tuple[Path, str]) -> None:
     "name", ["model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.bias"]
 )
 def test_a_missing_tensor_that_is_not_quantized(name: str, make: Make) -> None:
-    folder = make("llama", llama())
+    folder = make("llama", llama(), ["head.bits=16"])
     weights = dict(tensors_of(folder))
     del weights[name]
     with pytest.raises(CheckpointError, match=f"lacks the tensor '{name}'"):
@@ -59,7 +59,7 @@ def test_a_missing_tensor_that_is_not_quantized(name: str, make: Make) -> None:
 
 @pytest.mark.parametrize("kind", ["weight_packed", "weight_scale", "weight_multiplier"])
 def test_a_missing_tensor_of_an_embedding(kind: str, make: Make) -> None:
-    folder = make("gemma", SERVABLE["gemma"](), ["embedding.bits=4"])
+    folder = make("gemma", SERVABLE["gemma"](), ["embedding.bits=4", "head.bits=16"])
     weights = dict(tensors_of(folder))
     assert not any(name.startswith("lm_head.") for name in weights)
     scale = weights["model.embed_tokens.weight_scale"].clone()
@@ -70,6 +70,16 @@ def test_a_missing_tensor_of_an_embedding(kind: str, make: Make) -> None:
     scale[3] = float("nan")
     with pytest.raises(CheckpointError, match="weight_scale"):
         serve(folder, weights={**weights, "model.embed_tokens.weight_scale": scale})
+
+
+@pytest.mark.parametrize("path", ["model.embed_tokens", "lm_head"])
+@pytest.mark.parametrize("kind", ["weight_int8", "weight_scale"])
+def test_a_missing_tensor_of_8_bits(path: str, kind: str, make: Make) -> None:
+    folder = make("llama", llama())
+    weights = dict(tensors_of(folder))
+    del weights[f"{path}.{kind}"]
+    with pytest.raises(CheckpointError, match=rf"lacks the tensor '{path}\.{kind}'"):
+        serve(folder, weights=weights)
 
 
 def test_a_surplus_tensor(make: Make) -> None:

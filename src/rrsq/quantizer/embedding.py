@@ -15,13 +15,10 @@ from ..models import ModelFamily
 from ..recipe import Recipe
 from ..runtime.assemble import quantize_embedding_module
 from ..runtime.modules.embedding import Int8Embedding
-from ..runtime.modules.int8_linear import round_rows
+from ..runtime.modules.int8_linear import PIECE, round_rows
 from .grid import choose_grid, round_to_grid
 
-__all__ = ["PIECE", "quantize_embedding"]
-
-PIECE = 2**22
-"""Elements rounded at once: the search for scales keeps several copies of them in float32."""
+__all__ = ["quantize_embedding"]
 
 
 def quantize_embedding(model: nn.Module, family: ModelFamily, recipe: Recipe, device: torch.device) -> None:

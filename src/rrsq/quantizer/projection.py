@@ -16,9 +16,9 @@ from torch import nn
 
 from ..models import LinearInput, ModelFamily, family_for
 from ..recipe import Recipe
+from ..runtime.modules.int8_linear import PIECE
 from ..runtime.scheme import embedding_is_kept, group_size_for, head_is_kept, sections, treatment
 from .calibration.hessian import SymmetricSum
-from .embedding import PIECE
 from .experts import HESSIAN_BYTES, batches_of_experts
 from .needs import needs_hessian
 
@@ -31,7 +31,9 @@ _STREAM = 2  # bfloat16
 # the search four in float32, refinement six.
 _PIECE = 2**24
 _FOLDED, _SEARCHED, _REFINED = 5 * 8 + 2, 4 * 4, 6 * 4
-_ROUNDED = 2 * 4 + _SEARCHED  # Of a piece of the embedding, itself, rotated, and what its search takes.
+# Of a piece of the embedding or the head: itself, rotated, and what its search takes; in 8 bits itself, over
+# its scales, rounded, and the codes.
+_ROUNDED_TO_4, _ROUNDED_TO_8 = 2 * 4 + _SEARCHED, 3 * 4 + 1
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,12 @@ def projected_memory(
         routed = samples * tokens * hidden * _FLOAT  # What goes into the experts of a layer.
     ends = [model.get_submodule(path) for path in (family.embedding, family.head)]
     others = [model.get_submodule(path) for path in family.other_modules(model)]
-    changed = recipe.rotation is not None and (recipe.rotation.residual or not head_is_kept(recipe, family))
-    folded = _FOLDED if changed else 0
+    folded = _FOLDED if recipe.rotation is not None and recipe.rotation.residual else 0
     host = max(
         *(_bytes(layer) + routed for _, layer in distinct.values()),
         *(_bytes(module) + folded * _piece(module) for module in ends),
         _embedding_peak(ends[0], family, recipe),
+        _head_peak(ends[1], family, recipe),
         *(_bytes(module) for module in others),
         _bytes(ends[0]) + 3 * _FLOAT * batch * hidden,
     )
@@ -114,11 +116,22 @@ def _embedding_peak(embedding: nn.Module, family: ModelFamily, recipe: Recipe) -
     if embedding_is_kept(recipe, family):
         return _bytes(embedding)
     rows, channels = embedding.get_parameter("weight").shape
-    codes = rows * (channels + _FLOAT)
+    codes, rounded = rows * (channels + _FLOAT), _ROUNDED_TO_8
     if recipe.embedding.bits == 4:
+        rounded = _ROUNDED_TO_4
         group_size = group_size_for(recipe.embedding.group_size, channels)
         codes = rows * (channels // 2 + _FLOAT + (0 if group_size is None else channels // group_size))
-    return _bytes(embedding) + codes + _ROUNDED * min(PIECE, rows * channels)
+    return _bytes(embedding) + codes + rounded * min(PIECE, rows * channels)
+
+
+def _head_peak(head: nn.Module, family: ModelFamily, recipe: Recipe) -> int:
+    """The head beside its codes, a piece of it being rounded; one that shares the embedding's needs less."""
+    if head_is_kept(recipe, family):
+        return _bytes(head)
+    if recipe.head.bits == 4:
+        return _bytes(head) + _FOLDED * _piece(head)
+    rows, channels = head.get_parameter("weight").shape
+    return _bytes(head) + rows * (channels + _FLOAT) + _ROUNDED_TO_8 * min(PIECE, rows * channels)
 
 
 def _bytes(module: nn.Module) -> int:

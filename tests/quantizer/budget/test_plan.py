@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from rrsq.errors import UsageError
 from rrsq.models import family_for
 from rrsq.quantizer.budget.choices import ModelChoices, model_choices
 from rrsq.quantizer.budget.plan import Allocation, Budget, allocated_recipe, check_budget
 from rrsq.quantizer.budget.sensitivity import InputLosses, Losses
 from rrsq.quantizer.production.output_shards import planned_tensors
 from rrsq.recipe import Recipe, parse_recipe
-from rrsq.runtime.format.describe import linear_bits
+from rrsq.runtime.format.describe import LinearBits, linear_bits
 from rrsq.runtime.scheme import sections_at, treatment
 from tiny_families import tiny_model
 from tiny_quantized import recipe_of
@@ -64,16 +65,38 @@ def allocated(name: str, recipe: Recipe, budget: Budget) -> tuple[Any, ModelChoi
 )
 def test_its_tensors_take_what_it_says(name: str, recipe: str, budget: Budget) -> None:
     model, _, found = allocated(name, recipe_of(recipe), budget)
+    bits = check_tensors(model, found)
+    assert budget.bits is None or bits.weights <= budget.bits
+    assert budget.activation_bits is None or bits.activations <= budget.activation_bits
+    assert found.loss < found.loss_before or budget.bits is not None
+    assert parse_recipe(found.recipe.model_dump(mode="json"), "again") == found.recipe
+
+
+def check_tensors(model: Any, found: Allocation) -> LinearBits:
+    """The tensors of an allocation's recipe take what it says."""
     planned = planned_tensors(model.config, torch.bfloat16, found.recipe)
     tensors = [(key, tuple(tensor.shape), tensor.nbytes) for key, tensor in planned.items()]
     bits = linear_bits(tensors, found.recipe, family_for(model.config))
     assert bits is not None
     assert bits.weights == pytest.approx(found.bits)
     assert bits.activations == pytest.approx(found.activation_bits)
-    assert budget.bits is None or bits.weights <= budget.bits
-    assert budget.activation_bits is None or bits.activations <= budget.activation_bits
-    assert found.loss < found.loss_before or budget.bits is not None
-    assert parse_recipe(found.recipe.model_dump(mode="json"), "again") == found.recipe
+    return bits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("overrides", [[], ["embedding.bits=4", "head.bits=16"], ["head.bits=16"]])
+def test_the_most_that_is_possible_is_what_a_tied_head_can_have(name: str, overrides: list[str]) -> None:
+    """One that has the embedding's codes has no 16 bits."""
+    recipe = recipe_of("rrs-w4a4kv4", overrides)
+    model, choices = choices_of(name, recipe)
+    tied = model.config.tie_word_embeddings
+    assert (choices.tied_to is not None) == tied
+    with pytest.raises(UsageError, match=r"can have [0-9.]+ to [0-9.]+\.") as caught:
+        check_budget(Budget(bits=16.1), choices, recipe)
+    most = float(str(caught.value).split()[-1].rstrip("."))
+    assert most < 16 if tied else most == 16
+    _, _, found = allocated(name, recipe, Budget(bits=most))
+    check_tensors(model, found)
 
 
 def test_no_recipe_within_the_budget_has_less_loss() -> None:

@@ -95,3 +95,18 @@ def test_the_loss_of_a_head_is_its_divergence(
         ]
         model = quantize_tiny(tiny_llama_dir, recipe_of("w16a16kv4", options)).model
         assert loss == pytest.approx(divergence(model, exact), rel=0.1, abs=1e-7)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_head_that_shares_the_embeddings_codes_has_their_loss(bits: int, tiny_llama_dir: Path) -> None:
+    """Of the head alone: layers are measured behind the embedding as it was."""
+    recipe = recipe_of("rtn-w4a4", [f"embedding.bits={bits}"])
+    choices, losses = measured(tiny_llama_dir, recipe)
+    model = load_tiny(tiny_llama_dir)
+    exact = logits_of(model, WINDOWS)
+    options = ["kv_cache=null", f"embedding.bits={bits}"]
+    shared: Any = quantize_tiny(tiny_llama_dir, recipe_of("w16a16kv4", options)).model
+    model.lm_head.weight = torch.nn.Parameter(shared.lm_head.embedding._values(slice(None)))
+    loss = losses.head[choices.head_bits.index(16)]
+    assert loss == pytest.approx(divergence(model, exact), rel=0.1)
+    assert bits == 4 or loss == losses.head[choices.head_bits.index(8)]

@@ -143,7 +143,7 @@ def test_what_was_kept_of_another_text_is_measured_anew(
     ("words", "message"),
     [
         (["--target-bits", "3.9"], "--target-bits 3.9 is out of reach: with the recipe 'rrs-w4a4kv4' this"),
-        (["--target-bits", "33"], "this model can have 4.372 to 32."),
+        (["--target-bits", "33"], "this model can have 4.372 to 27.206."),
         (["--target-bits", "nan"], "number of bits above zero"),
         (["--target-activation-bits", "3"], "this model can have 4 to 16"),
         (["--target-activation-bits", "16.5"], "this model can have 4 to 16"),

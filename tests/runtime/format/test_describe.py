@@ -36,7 +36,10 @@ def info_of(*overrides: str) -> CheckpointInfo:
 def test_a_plain_recipe_has_no_exceptions() -> None:
     info = info_of()
     assert describe_exceptions(info) == ""
-    assert describe_head(info) == describe_embedding(info) == "16 bits"
+    assert describe_head(info) == "INT8 weights, 16-bit activations"
+    assert describe_embedding(info) == "INT8, one scale a row"
+    full = info_of("head.bits=16", "embedding.bits=16")
+    assert describe_head(full) == describe_embedding(full) == "16 bits"
     assert describe_rotation(info) == "none"
     assert describe_weights(info).startswith("INT4, GPTQ, groups of up to 32")
     assert describe_activations(info).startswith("INT4, signed levels")
@@ -54,14 +57,19 @@ def test_exceptions_are_named_with_their_patterns() -> None:
 @pytest.mark.parametrize(
     ("overrides", "embedding", "head"),
     [
-        (["embedding.bits=8"], "INT8, one scale a row", "tied: INT8 weights of the embedding"),
+        ([], "INT8, one scale a row", "tied: INT8 weights of the embedding"),
+        (["embedding.bits=16", "head.bits=16"], "16 bits", "16 bits"),
         (
-            ["embedding.bits=4"],
+            ["embedding.bits=4", "head.bits=16"],
             "INT4, groups of up to 32 with signed multipliers",
             "tied: INT4 weights of the",
         ),
-        (["embedding={bits: 4, group_size: null}"], "INT4, one scale a row", "tied: INT4 weights"),
-        (["embedding.bits=4", "head.bits=8"], "INT4, groups of up to 32", "INT8 weights, 16-bit activations"),
+        (
+            ["embedding={bits: 4, group_size: null}", "head.bits=16"],
+            "INT4, one scale a row",
+            "tied: INT4 weights",
+        ),
+        (["embedding.bits=4"], "INT4, groups of up to 32", "INT8 weights, 16-bit activations"),
         (["embedding.bits=4", "rotation.residual=true"], "INT4, groups of up to 32", "16 bits"),
     ],
 )

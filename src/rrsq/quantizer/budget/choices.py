@@ -12,8 +12,9 @@ from torch import nn
 from ...bits import linear_bytes
 from ...errors import RecipeError
 from ...models import LinearInput, ModelFamily
-from ...recipe import Activations, Recipe, Weights
-from ...runtime.scheme import group_size_for, is_kept, sections_at
+from ...recipe import Activations, Embedding, Head, Recipe, Weights
+from ...runtime.rotation.rotations import make_rotations
+from ...runtime.scheme import embedding_is_kept, group_size_for, is_kept, keeps_tie, sections_at
 
 __all__ = ["HEAD_BITS", "InputChoices", "ModelChoices", "model_choices"]
 
@@ -64,6 +65,7 @@ class ModelChoices:
         head_bits: what the head may have; empty where the recipe keeps it by a pattern.
         head_shape: rows and channels of the head.
         head_group: channels that share a multiplier in a head of 4 bits, or None.
+        tied_to: the quantized embedding whose codes a head of 16 bits has; None: it is in 16 bits.
         itemsize: bytes of a weight that is not quantized.
     """
 
@@ -71,6 +73,7 @@ class ModelChoices:
     head_bits: tuple[int, ...]
     head_shape: tuple[int, int]
     head_group: int | None
+    tied_to: Embedding | None
     itemsize: int
 
     @property
@@ -80,11 +83,14 @@ class ModelChoices:
         return sum(each.elements for each in self.inputs) + (rows * channels if self.head_bits else 0)
 
     def head_stored(self, bits: int) -> int:
-        """Bytes of a head; one of 16 bits counts too where it is tied, as the embedding."""
+        """Bytes of a head, by what the recipe says; one that is tied counts too, as the embedding."""
         rows, channels = self.head_shape
+        group = self.head_group
+        if bits == 16 and self.tied_to is not None:
+            bits, group = self.tied_to.bits, group_size_for(self.tied_to.group_size, channels)
         if bits == 16:
             return self.itemsize * rows * channels
-        return rows * (channels + 4) if bits == 8 else linear_bytes(channels, rows, self.head_group)
+        return rows * (channels + 4) if bits == 8 else linear_bytes(channels, rows, group)
 
 
 def model_choices(model: Any, family: ModelFamily, recipe: Recipe, dtype: torch.dtype) -> ModelChoices:
@@ -123,8 +129,21 @@ def model_choices(model: Any, family: ModelFamily, recipe: Recipe, dtype: torch.
         () if is_kept(recipe, family.head) else HEAD_BITS,
         (rows, channels),
         group_size_for(recipe.weights.group_size, channels),
+        _tied_to(model, family, recipe),
         dtype.itemsize,
     )
+
+
+def _tied_to(model: Any, family: ModelFamily, recipe: Recipe) -> Embedding | None:
+    """The embedding's section where a head that the recipe leaves in 16 bits has its codes."""
+    if not model.config.tie_word_embeddings or embedding_is_kept(recipe, family):
+        return None
+    rotations = make_rotations(
+        recipe.rotation, family.sizes(model.config), 0, folds_residual=family.folds_residual
+    )
+    without = recipe.model_copy(update={"head": Head(bits=16)})
+    tied = keeps_tie(without, family, folds_residual=rotations.residual is not None)
+    return recipe.embedding if tied else None
 
 
 def _input_choices(

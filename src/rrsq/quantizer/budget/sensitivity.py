@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from ...errors import NonFiniteError
 from ...models import LinearInput, ModelFamily
-from ...recipe import Recipe
+from ...recipe import Embedding, Recipe, Weights
 from ...runtime.assemble import key_rotary, treated_inputs
+from ...runtime.modules.embedding import block_rotation
 from ...runtime.modules.input import InputQuantizer
 from ...runtime.modules.int8_linear import Int8Linear
 from ...runtime.modules.rotation import RotatedLinear, online_rotation
@@ -232,12 +233,17 @@ class _Measurement:
         return gradient, tuple((losses / len(rows)).clamp_min(0).tolist())
 
     def _head_weight(self, weight: Tensor, bits: int) -> Tensor | None:
-        """A head's weights in so many bits, rounded to nearest; None for 16."""
+        """A head's weights by what the recipe says, rounded to nearest; None where they stay in 16 bits."""
+        rows, channels = weight.shape
+        tied_to = self.choices.tied_to
+        if bits == 16 and tied_to is not None:
+            bits = tied_to.bits
+            if bits == 4:
+                return _rounded_embedding(weight, tied_to)
         if bits == 16:
             return None
         if bits == 4:
-            return _rounded(weight, self.recipe.weights, weight.shape[1])
-        rows, channels = weight.shape
+            return _rounded(weight, self.recipe.weights, channels)
         int8 = Int8Linear(channels, rows, bias=False, dtype=torch.float32).to(weight.device)
         int8.set_weight(weight)
         return int8.weight_int8 * int8.weight_scale.unsqueeze(1)
@@ -365,6 +371,14 @@ def _rounded(weight: Tensor, section: Any, channels: int) -> Tensor:
     )
     steps = grid.steps(channels)
     return round_to_grid(weight, steps) * steps
+
+
+def _rounded_embedding(weight: Tensor, section: Embedding) -> Tensor:
+    """The rows of an embedding of 4 bits."""
+    rotation = block_rotation(weight.shape[1], section.blocks)
+    weights = Weights(method="rtn", group_size=section.group_size, signed=True)
+    rounded = _rounded(weight if rotation is None else rotation(weight), weights, weight.shape[1])
+    return rounded if rotation is None else rotation.inverse(rounded)
 
 
 def _check(numbers: Tensor, where: str) -> None:

@@ -111,9 +111,10 @@ def assemble_model(model: Any, info: CheckpointInfo) -> nn.Module:
             bits = info.key_bits[index] if index < len(info.key_bits) else recipe.kv_cache.keys.bits
             rotary = key_rotary(model, family, index)
             attach_kv_quantizer(layer, family, recipe.kv_cache, sizes, rotary, bits)
-    if quantize_embedding_module(model, family, recipe) is not None:
+    embedding = quantize_embedding_module(model, family, recipe)
+    head = quantize_head_module(model, family, recipe)
+    if embedding is not None or head is not None:
         model.resize_token_embeddings = MethodType(_refuse_resizing, model)
-    quantize_head_module(model, family, recipe)
     if recipe.rotation is not None:
         model.rotation_signs = RotationSigns(rotations)
     # Scales and cache offsets are float32 whatever dtype the model is loaded in.
@@ -134,7 +135,8 @@ def _refuse_resizing(model: Any, new_num_tokens: int | None = None, *args: Any, 
     embedding: nn.Module = model.get_input_embeddings()
     if args or options or new_num_tokens not in (None, embedding.num_embeddings):
         raise UsageError(
-            "The embedding of this model is integers and cannot be resized. Resize that of the original model"
-            " and quantize the result, or quantize the model with --set embedding.bits=16."
+            "The embedding or the output head of this model is integers and cannot be resized. Resize those"
+            " of the original model and quantize the result, or quantize the model with --set"
+            " embedding.bits=16 --set head.bits=16."
         )
     return embedding

@@ -12,8 +12,10 @@ from ... import kernels
 from .gradient import StraightThrough, needs_gradient
 from .prepared import QuantizedWeight
 
-__all__ = ["Int8Linear", "round_rows"]
+__all__ = ["PIECE", "Int8Linear", "round_rows"]
 
+PIECE = 2**22
+"""Elements rounded at once, of which there are several copies in float32 then."""
 _ROWS = 16384
 
 
@@ -55,7 +57,7 @@ class Int8Linear(QuantizedWeight):
 
     def set_weight(self, weight: Tensor) -> None:
         """Round a floating point weight ``[out, in]`` to nearest, by the largest magnitude of each row."""
-        for rows in self._blocks():
+        for rows in self._blocks(max(1, PIECE // self.in_features)):
             self.weight_int8[rows], self.weight_scale[rows] = round_rows(weight[rows].float())
         self._forget()
 
@@ -79,12 +81,12 @@ class Int8Linear(QuantizedWeight):
     def _input_gradient(self, grad: Tensor) -> Tensor:
         scaled = grad.float() * self.weight_scale
         result = scaled.new_zeros((*grad.shape[:-1], self.in_features))
-        for rows in self._blocks():
+        for rows in self._blocks(_ROWS):
             result += scaled[..., rows] @ self.weight_int8[rows].float()
         return result
 
-    def _blocks(self) -> list[slice]:
-        return [slice(start, start + _ROWS) for start in range(0, self.out_features, _ROWS)]
+    def _blocks(self, count: int) -> list[slice]:
+        return [slice(start, start + count) for start in range(0, self.out_features, count)]
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
