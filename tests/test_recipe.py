@@ -53,6 +53,14 @@ def test_a_recipe_does_what_its_name_says(name: str, activation_bits: int, cache
     assert recipe.kv_cache is None or recipe.kv_cache.keys.bits == recipe.kv_cache.values.bits == 4
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_embedding_and_head_have_8_bits_in_the_second_generation_alone(name: str) -> None:
+    """The others are there to be compared with what is published, which leaves both."""
+    recipe = load_recipe(name)
+    bits = 8 if name in ("rrs-w4a4kv4", "rrs-w4a8kv4") else 16
+    assert (recipe.embedding.bits, recipe.head.bits) == (bits, bits)
+
+
 def test_the_papers_recipe_smooths_what_the_authors_smooth() -> None:
     smoothing = load_recipe("rrs-paper-w4a4kv4").activations.smoothing
     assert smoothing is not None

@@ -90,6 +90,6 @@ def test_inductor_compiles_it() -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_an_embedding_and_the_head_that_shares_it_are_in_the_graph(bits: int) -> None:
-    model = ready("gemma3_text", f"embedding.bits={bits}")
+    model = ready("gemma3_text", f"embedding.bits={bits}", "head.bits=16")
     assert type(model.lm_head).__name__ == "SharedHead"
     assert_compiled_gives_the_same(model, "eager")
