@@ -263,8 +263,9 @@ def test_each_recipe_names_its_operations(tmp_path: Path) -> None:
     quantize, product = "triton quantize_tokens", "triton linear_int8"
     default = steps_of(model)
     assert default["self_attn.qkv"] == default["mlp.down"] == ("triton quantize_signed", product)
-    assert default["lm_head"] == (None, "None library")
+    assert default["lm_head"] == (None, "triton linear_w8a16")
     first = steps_of(model, "rrs1-w4a4kv4")
+    assert first["lm_head"] == (None, "None library")
     assert first["self_attn.qkv"] == first["mlp.down"] == (quantize, product)
     paper = steps_of(model, "rrs-paper-w4a4kv4")
     assert paper["self_attn.qkv"] == (quantize, product)
