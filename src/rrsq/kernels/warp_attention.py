@@ -2,8 +2,8 @@
 
 Each value of this kernel is a tensor of 32 numbers, one a lane: it says what each lane has in its
 registers, where a kernel of tiles leaves that to Triton. So codes go from memory to the lane whose part of
-the matrix unit's operand they are, and are unpacked there. Nothing passes through shared memory in between,
-which is what the kernel of tiles spends most of its time on.
+the matrix unit's operand they are, and are unpacked there. They do not pass through shared memory, which is
+what the kernel of tiles is busiest with.
 
 Operands of ``mma.m16n8k16`` (PTX ISA, "Matrix fragments"), of lane ``4 g + t``: ``A`` has rows ``g`` and
 ``g + 8``, ``B`` column ``g``, both the entries ``2 t``, ``2 t + 1``, ``2 t + 8`` and ``2 t + 9`` along the
